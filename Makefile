@@ -1,0 +1,66 @@
+# What people type. Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+# More flags for pip, for instance an index that serves the CPU build of torch.
+PIP_FLAGS ?=
+# Test processes; each uses one thread, so that results do not depend on how a sum was split.
+JOBS ?= 2
+PYTEST_FLAGS ?=
+DEMO_FLAGS ?=
+BENCH_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
+LINTED := safecode_kernels python tests benchmarks scripts setup.py
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test test-all test-matrix lint format dist bench-hazard-world clean clean-all
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED) ## create the environment, or update it after a change of its versions
+
+# The torch pin must reach pip: an open range would pull a CUDA build of several gigabytes. __init__.py holds the version.
+$(INSTALLED): pyproject.toml setup.py constraints.txt safecode_kernels/__init__.py
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[hf,bench,dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## run Hazard World: a table of all arms, and a contact sheet in out/demo
+	$(BIN)/safecode-mllm demo $(DEMO_FLAGS)
+
+test: $(INSTALLED) ## run the fast tests
+	$(PYTEST) -m "not slow"
+
+test-all: $(INSTALLED) ## run every test, then the matrix
+	$(PYTEST)
+	$(MAKE) test-matrix
+
+test-matrix: $(INSTALLED) ## run the tests that touch transformers on each version in tests/matrix
+	JOBS=$(JOBS) bash scripts/test_matrix.sh $(BIN)/python
+
+lint: $(INSTALLED) ## check style, formatting and types
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## apply the formatter and the safe fixes of the linter
+	$(BIN)/ruff check --fix $(LINTED)
+	$(BIN)/ruff format $(LINTED)
+
+dist: $(INSTALLED) ## build sdist and wheel, install the wheel elsewhere, and try it from an empty folder
+	bash scripts/check_dist.sh $(BIN)/python
+
+bench-hazard-world: $(INSTALLED) ## measure all arms and controls of Hazard World again
+	$(BIN)/python benchmarks/hazard_world.py $(BENCH_FLAGS)
+
+clean: ## remove what builds and runs left behind, but not .venv
+	rm -rf build dist out .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
+	find safecode_kernels python tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-all: clean ## remove the environments too
+	rm -rf $(VENV) .matrix

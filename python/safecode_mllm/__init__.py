@@ -1,0 +1,71 @@
+"""SafeCoDe for Hugging Face vision-language models: context-aware safety without changing a weight.
+
+Every public name is loaded when it is first used, so importing the package costs nothing and needs neither torch nor
+transformers; a name whose optional dependency is missing says which extra to install.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import errors as errors
+    from .config import PRESETS as PRESETS
+    from .config import SafeCoDeConfig as SafeCoDeConfig
+    from .decoding import steered_generate as steered_generate
+    from .judges.protocol import Judge as Judge
+    from .judges.protocol import JudgeRequest as JudgeRequest
+    from .judges.protocol import Verdict as Verdict
+    from .pipeline import SafeCoDe as SafeCoDe
+    from .results import ChatResult as ChatResult
+
+# Public name -> the module that holds it.
+_HOMES = {
+    "ChatResult": ".results",
+    "Judge": ".judges.protocol",
+    "JudgeRequest": ".judges.protocol",
+    "PRESETS": ".config",
+    "SafeCoDe": ".pipeline",
+    "SafeCoDeConfig": ".config",
+    "Verdict": ".judges.protocol",
+    "steered_generate": ".decoding",
+}
+
+__all__ = [
+    "PRESETS",
+    "ChatResult",
+    "Judge",
+    "JudgeRequest",
+    "SafeCoDe",
+    "SafeCoDeConfig",
+    "Verdict",
+    "__version__",
+    "errors",
+    "steered_generate",
+]
+
+
+def _load(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("safecode-kernels")
+    if name == "errors":
+        return importlib.import_module(".errors", __name__)
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .extras import optional_imports
+
+    with optional_imports():
+        value = _load(name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

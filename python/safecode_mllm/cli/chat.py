@@ -1,0 +1,91 @@
+"""`chat` and `judge`: one image, one question."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from ..terminal import Console
+from .codes import JUDGE_FAILED
+from .parser import STDOUT
+from .runtime import load_pipeline, write_json
+
+if TYPE_CHECKING:
+    from ..judges.protocol import Verdict
+    from ..pipeline import SafeCoDe
+    from ..results import ChatResult
+
+
+def run_chat(args: argparse.Namespace, console: Console) -> None:
+    """Answer one question about one image; with --compare show the plain answer too."""
+    if args.stream and args.json == STDOUT:
+        raise ConfigError("--stream and --json both write to stdout: give --json a FILE, or leave one of them out")
+    pipeline = load_pipeline(args, console)
+    request = {"image": args.image, "prompt": args.prompt, "seed": args.seed, **_generation(args)}
+    if args.compare:
+        _compare(pipeline, request, args, console)
+        return
+    if args.stream:
+        stream = pipeline.stream(**request)
+        for piece in stream:
+            console.piece(piece)
+        console.result("")
+        result = stream.result
+    else:
+        result = pipeline.chat(**request)
+        if args.json != STDOUT:
+            console.result(result.text)
+    console.note(_summary(result))
+    if args.json:
+        write_json(args.json, result.audit(), console)
+
+
+def _compare(pipeline: SafeCoDe, request: dict[str, Any], args: argparse.Namespace, console: Console) -> None:
+    plain = pipeline.chat(**request, steering="off")
+    steered = pipeline.chat(**request)
+    if args.json != STDOUT:
+        console.result(f"plain:    {plain.text}\nSafeCoDe: {steered.text}")
+    console.note(_summary(steered))
+    if args.json:
+        write_json(args.json, {"plain": plain.audit(), "safecode": steered.audit()}, console)
+
+
+def run_judge(args: argparse.Namespace, console: Console) -> int | None:
+    """Ask the judge alone and print its verdict; an unknown one counts as a failure."""
+    pipeline = load_pipeline(args, console)
+    (verdict,) = pipeline.judge_batch([{"image": args.image, "prompt": args.prompt}])
+    if args.json != STDOUT:
+        console.result(verdict_text(verdict))
+    if args.json:
+        write_json(args.json, asdict(verdict), console)
+    return JUDGE_FAILED if verdict.label == "unknown" else None
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """Return a verdict in words, for instance "unsafe (p = 0.97)"; says which policy was applied, if one was."""
+    text = verdict.label if verdict.p_unsafe is None else f"{verdict.label} (p = {verdict.p_unsafe:.2f})"
+    return text if verdict.policy is None else f"{text}, policy {verdict.policy}"
+
+
+def _generation(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the generation arguments that were given on the command line."""
+    given: dict[str, Any] = {}
+    if args.max_new_tokens is not None:
+        given["max_new_tokens"] = args.max_new_tokens
+    if args.temperature > 0:
+        given.update(do_sample=True, temperature=args.temperature)
+    return given
+
+
+def _summary(result: ChatResult) -> str:
+    parts = []
+    if result.verdict is not None:
+        parts.append(f"verdict: {verdict_text(result.verdict)}, judge {result.verdict.judge}")
+    if result.record is not None:
+        parts.append(f"{len(result.record)} guided tokens")
+    if result.steering_effective is False:
+        parts.append("steering had no effect: the answer does not open with a refusal")
+    parts.append(f"seed {result.seed}")
+    return "; ".join(parts)

@@ -1,0 +1,71 @@
+"""What the subcommands share: loading a model, reading settings, writing JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import SafeCoDeConfig
+from ..errors import ConfigError
+from ..terminal import Console
+from .parser import STDOUT
+
+if TYPE_CHECKING:
+    from ..pipeline import SafeCoDe
+
+
+def read_config(args: argparse.Namespace) -> SafeCoDeConfig:
+    """Return the settings of --config or --preset."""
+    if args.config is None:
+        return SafeCoDeConfig.from_preset(args.preset)
+    try:
+        text = Path(args.config).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {args.config}: cannot be read: {error}") from None
+    return SafeCoDeConfig.from_json(text)
+
+
+def load_pipeline(args: argparse.Namespace, console: Console) -> SafeCoDe:
+    """Return the pipeline of --model with its judge and settings."""
+    config = read_config(args)
+    quiet_transformers(console)
+    from ..pipeline import SafeCoDe
+
+    console.note(f"loading {args.model}")
+    return SafeCoDe.from_pretrained(args.model, device=args.device, dtype=args.dtype, judge=args.judge, config=config)
+
+
+def quiet_transformers(console: Console) -> None:
+    """Keep transformers' own bars and advice away from people who did not ask for them."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not console.shows_progress:
+        logging.disable_progress_bar()
+
+
+def write_json(target: str, value: Any, console: Console) -> None:
+    """Write a value as JSON to a file, or to stdout for "-"; numbers that JSON lacks become null."""
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    if target == STDOUT:
+        # Not through Console.result: JSON escapes control characters by itself, and every byte counts.
+        sys.stdout.write(text + "\n")
+        return
+    path = Path(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+    console.note(f"wrote {path}")
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with NaN and infinities, which are no JSON, turned into None."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not (abs(value) < float("inf")):
+        return None
+    return value

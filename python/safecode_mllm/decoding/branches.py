@@ -1,0 +1,136 @@
+"""Clean and noised rows as one batch over one KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safecode_mllm.decoding import kv
+from safecode_mllm.decoding.families import forward, prompt_positions
+
+
+class Branches:
+    """Rows 0..R-1 see the clean image; while `noised` is given, rows R..2R-1 see the noised one.
+
+    Both branches share ids, mask and positions, so stacking is a plain concatenation of every processor key, and
+    dropping the noised branch is a view.
+
+    Args:
+        model: a Hugging Face model of a supported family.
+        clean: processor output; `input_ids` and `attention_mask` int64 [B, L], left padded, plus the image keys.
+        noised: the same with noised pixels, or None to run the clean branch alone.
+        cache: an empty KV cache that the branches own from now on.
+    """
+
+    def __init__(self, model: Any, clean: Mapping[str, Tensor], noised: Mapping[str, Tensor] | None, cache: Any):
+        kv.check_cache(cache)
+        self.model = model
+        self.cache = cache
+        self.rows = clean["input_ids"].shape[0]
+        self.copies = 1 if noised is None else 2
+        self._inputs = dict(clean) if noised is None else _stack(clean, noised)
+        positions = prompt_positions(model, clean)
+        self._prompt_mask = clean["attention_mask"]
+        self._mask = torch.cat([self._prompt_mask] * self.copies)
+        self._row_dim = positions.ndim - 2
+        self._positions = torch.cat([positions] * self.copies, self._row_dim)
+        # The last column of a left-padded prompt is always text, where all position axes agree.
+        self._next = positions[..., -1:] + 1
+
+    @property
+    def has_noised(self) -> bool:
+        """Whether the noised rows are still running."""
+        return self.copies == 2
+
+    def prefill(self) -> tuple[Tensor, Tensor | None]:
+        """Process the prompt of both branches in one pass; returns clean and noised logits [R, V]."""
+        inputs = dict(self._inputs, attention_mask=self._mask, position_ids=self._positions)
+        logits = forward(self.model, cached=0, past_key_values=self.cache, **inputs)
+        self._inputs = {}  # the pixels are not needed again
+        return self._split(logits)
+
+    def step(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Feed one token per row, int64 [R], to every branch; returns clean and noised logits [R, V]."""
+        cached = kv.cached_length(self.cache)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(self._mask.shape[0], 1)], 1)
+        logits = forward(
+            self.model,
+            cached=cached,
+            input_ids=tokens.repeat(self.copies)[:, None],
+            attention_mask=self._mask,
+            position_ids=torch.cat([self._next] * self.copies, self._row_dim),
+            past_key_values=self.cache,
+        )
+        self._next = self._next + 1
+        return self._split(logits)
+
+    def drop_noised(self) -> None:
+        """Go on with the clean rows only."""
+        if self.has_noised:
+            kv.keep_first_rows(self.cache, self.rows)
+            self._mask = self._mask[: self.rows]
+            self.copies = 1
+
+    def expand(self, times: int) -> None:
+        """Repeat each row `times` times in place ([A, B] becomes [A, A, B, B]), after the prefill."""
+        if times == 1:
+            return
+        index = torch.arange(self.copies * self.rows, device=self._mask.device).repeat_interleave(times)
+        kv.select_rows(self.cache, index)
+        self._mask = self._mask[index]
+        self._next = self._next.repeat_interleave(times, self._row_dim)
+        self.rows *= times
+
+    def ask(self, suffixes: Sequence[Sequence[int]], hidden: Sequence[int], rows: Sequence[int]) -> Tensor:
+        """Continue the clean prompts with other text on a fork of the cache; the branches stay as they are.
+
+        Must be called between `prefill` and `expand`/`step`.
+
+        Args:
+            suffixes: Q sequences of token ids.
+            hidden: for each, how many columns at the end of the prompt it must not see.
+            rows: for each, the clean row that it continues.
+
+        Returns:
+            logits [Q, V] after the last token of each suffix.
+        """
+        device = self._mask.device
+        index = torch.tensor(list(rows), device=device)
+        length = self._prompt_mask.shape[1]
+        columns = torch.arange(length, device=device)
+        hidden_columns = torch.tensor(list(hidden), device=device)
+        visible = self._prompt_mask[index] * (columns < (length - hidden_columns)[:, None])
+        ids, ids_mask = _left_pad(suffixes, device)
+        # Suffixes are all text: positions go on from the last visible column, the same on every axis.
+        start = (self._next[..., 0].index_select(-1, index) - hidden_columns)[..., None]
+        positions = start + (ids_mask.cumsum(-1) - 1).clamp_min(0)
+        return forward(
+            self.model,
+            cached=length,
+            input_ids=ids,
+            attention_mask=torch.cat([visible, ids_mask], 1),
+            position_ids=positions,
+            past_key_values=kv.fork(self.cache, index),
+        )
+
+    def _split(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        return logits[: self.rows], logits[self.rows :] if self.has_noised else None
+
+
+def _stack(clean: Mapping[str, Tensor], noised: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if clean.keys() != noised.keys():
+        raise ValueError(f"clean and noised inputs must have the same keys, got {sorted(clean)} and {sorted(noised)}")
+    return {key: torch.cat([clean[key], noised[key]]) for key in clean}
+
+
+def _left_pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(len(sequence) for sequence in sequences)
+    ids = torch.zeros(len(sequences), width, dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, width - len(sequence) :] = torch.tensor(sequence, device=device)
+        mask[row, width - len(sequence) :] = 1
+    return ids, mask

@@ -1,0 +1,109 @@
+"""What each row is steered with: contrast, plausibility, the bias its verdict gives, and where it is in the phrases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from safecode_kernels import StepParams
+from safecode_mllm.config import SafeCoDeConfig
+from safecode_mllm.judges.bias import verdict_bias
+from safecode_mllm.judges.protocol import Verdict
+from safecode_mllm.refusal import RefusalTokens
+
+# Mask id of a row without a bias; the kernels' own convention.
+NO_MASK = -1
+
+
+class Guidance:
+    """Steering state of R rows over one generation.
+
+    Args:
+        config: the configuration, the same for all rows.
+        steered: for each row whether it is steered at all; the others decode as without this package.
+        refusal: the refusal tokens; None when no verdict is used.
+    """
+
+    def __init__(self, config: SafeCoDeConfig, steered: Sequence[bool], refusal: RefusalTokens | None = None):
+        self.config = config
+        self.steered = list(steered)
+        self.refusal = refusal
+        self.bias = [0.0] * len(self.steered)
+        self.states = [NO_MASK] * len(self.steered)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows R."""
+        return len(self.steered)
+
+    @property
+    def steps(self) -> float:
+        """Number of guided steps; infinity for "all"."""
+        return math.inf if self.config.steps == "all" else self.config.steps
+
+    @property
+    def uses_contrast(self) -> bool:
+        """Whether any row needs a noised branch."""
+        return self.config.uses_contrast and any(self.steered)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a guided step can differ from an unsteered one for any row."""
+        return self.uses_contrast or self._cuts or any(self.bias)
+
+    @property
+    def _cuts(self) -> bool:
+        return self.config.plausibility_beta > 0 and any(self.steered)
+
+    def set_verdicts(self, verdicts: Sequence[Verdict | None]) -> None:
+        """Turn one verdict per row into its bias; None means no bias."""
+        if len(verdicts) != self.rows:
+            raise ValueError(f"verdicts must hold one entry per row: got {len(verdicts)} for {self.rows} rows")
+        for row, verdict in enumerate(verdicts):
+            if verdict is not None and self.steered[row] and self.refusal is not None:
+                self.bias[row] = verdict_bias(verdict, self.config)
+                self.states[row] = self.refusal.start if self.bias[row] else NO_MASK
+
+    def expand(self, times: int) -> None:
+        """Repeat each row `times` times in place ([A, B] becomes [A, A, B, B])."""
+        for name in ("steered", "bias", "states"):
+            setattr(self, name, [value for value in getattr(self, name) for _ in range(times)])
+
+    def step_params(self, *, guided: bool, greedy: bool, warpers: dict[str, float]) -> StepParams:
+        """Return the parameters of a decode step for all rows, inside or after the guided window."""
+        if not guided:
+            return StepParams(contrast_weight=0.0, plausibility_beta=0.0, greedy=greedy, **warpers)
+        scale = self.config.guided_scale
+        warpers = dict(warpers, temperature=warpers.get("temperature", 1.0) * scale)
+        return StepParams(
+            contrast_weight=self._per_row(self.config.contrast_weight),
+            plausibility_beta=self.betas(),
+            refusal_bias=[bias * scale for bias in self.bias],
+            bias_scope=self.config.bias_scope,
+            greedy=greedy,
+            **warpers,
+        )
+
+    def betas(self) -> list[float]:
+        """Return the plausibility beta of each row."""
+        return self._per_row(self.config.plausibility_beta)
+
+    def masks(self) -> Tensor | None:
+        """Return the table of refusal masks, int32 [M, ceil(V/32)], or None when no row has a bias."""
+        return self.refusal.masks if self.refusal is not None and any(self.bias) else None
+
+    def mask_ids(self) -> Tensor | None:
+        """Return for each row the mask it is biased with now, int32 [R], NO_MASK for none."""
+        return torch.tensor(self.states, dtype=torch.int32) if self.masks() is not None else None
+
+    def observe(self, tokens: Sequence[int]) -> None:
+        """Advance each row's place in the refusal phrases by the token it chose."""
+        for row, token in enumerate(tokens):
+            if self.states[row] != NO_MASK and self.refusal is not None:
+                self.states[row] = self.refusal.next_state(self.states[row], token)
+
+    def _per_row(self, value: float) -> list[float]:
+        return [value if steered else 0.0 for steered in self.steered]

@@ -1,0 +1,49 @@
+"""Row operations on a KV cache that transformers has no public call for. Views wherever nothing has to move."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+
+from safecode_mllm.errors import UnsupportedModelError
+
+
+def check_cache(cache: Any) -> None:
+    """Raise UnsupportedModelError unless the cache is one whose rows can be dropped, copied and forked."""
+    name = type(cache).__name__
+    if name != "DynamicCache":
+        raise UnsupportedModelError(
+            f"cache class {name} is not supported by steered decoding; "
+            "leave cache_implementation and past_key_values unset"
+        )
+
+
+def cached_length(cache: Any) -> int:
+    """Return the number of positions in the cache."""
+    return int(cache.get_seq_length())
+
+
+def keep_first_rows(cache: Any, rows: int) -> None:
+    """Drop all rows after the first `rows`, as views: nothing is copied."""
+    for layer in _filled_layers(cache):
+        layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
+
+
+def select_rows(cache: Any, index: Tensor) -> None:
+    """Replace the rows of the cache by those of `index`, int64 [R] (a copy)."""
+    for layer in _filled_layers(cache):
+        layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
+
+
+def fork(cache: Any, index: Tensor) -> Any:
+    """Return an independent cache with the rows of `index`, int64 [R]; writing to it leaves the original alone."""
+    forked = copy.copy(cache)
+    forked.layers = [copy.copy(layer) for layer in cache.layers]
+    select_rows(forked, index)
+    return forked
+
+
+def _filled_layers(cache: Any) -> list[Any]:
+    return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None and layer.keys.numel()]

@@ -1,0 +1,54 @@
+"""Judges: who says whether helping is safe in this scene."""
+
+from __future__ import annotations
+
+from safecode_mllm.errors import ConfigError
+from safecode_mllm.judges.bias import apply_policy, verdict_bias
+from safecode_mllm.judges.fixed import FIXED_LABELS, FixedJudge
+from safecode_mllm.judges.protocol import Judge, JudgeRequest, Label, Policy, Verdict
+
+JUDGE_NAMES = ("self", *FIXED_LABELS)
+
+__all__ = [
+    "JUDGE_NAMES",
+    "FixedJudge",
+    "Judge",
+    "JudgeRequest",
+    "Label",
+    "Policy",
+    "Verdict",
+    "apply_policy",
+    "make_judge",
+    "verdict_bias",
+]
+
+
+def make_judge(spec: str | Judge | None) -> Judge | None:
+    """Return the judge that `spec` names.
+
+    Args:
+        spec: "self" (the model judges with its own weights), "safe" or "unsafe" (a fixed verdict), any object with
+            `name` and `judge_many`, or None for no judge.
+
+    Raises:
+        ConfigError: the name is unknown (with the nearest one), or the object is no judge.
+    """
+    if spec is None:
+        return None
+    if isinstance(spec, str):
+        if spec == "self":
+            from safecode_mllm.judges.self_judge import SelfJudge
+
+            return SelfJudge()
+        for label in FIXED_LABELS:
+            if spec == label:
+                return FixedJudge(label)
+        from safecode_mllm.config import nearest_name_hint
+
+        hint = nearest_name_hint(spec, JUDGE_NAMES)
+        raise ConfigError(f"judge={spec!r} is unknown: known are {list(JUDGE_NAMES)}.{hint}")
+    if isinstance(spec, type) or not isinstance(spec, Judge):
+        raise ConfigError(
+            f"judge={spec!r} is no judge: pass one of {list(JUDGE_NAMES)}, or an object with `name` and `judge_many`"
+        )
+    return spec

@@ -1,0 +1,45 @@
+"""Asks a judge so that every request ends with a verdict that has a bias, or with its own error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from safecode_mllm.config import SafeCoDeConfig
+from safecode_mllm.errors import JudgeError
+from safecode_mllm.judges.bias import apply_policy, verdict_bias
+from safecode_mllm.judges.protocol import JudgeRequest, Verdict
+
+JudgeMany = Callable[[Sequence[JudgeRequest]], Sequence[Verdict]]
+
+
+def ask_judge(
+    judge_many: JudgeMany, requests: Sequence[JudgeRequest], config: SafeCoDeConfig, *, name: str
+) -> list[Verdict | JudgeError]:
+    """Return for each request a verdict with the policies applied, or the error that policy "raise" leaves.
+
+    Args:
+        judge_many: turns requests into verdicts, one each, in order.
+        requests: what to judge; none are asked for if it is empty.
+        config: reads on_judge_error and on_unknown.
+        name: the judge's name, for messages.
+    """
+    if not requests:
+        return []
+    outcomes: Sequence[Verdict | JudgeError]
+    try:
+        outcomes = judge_many(requests)
+        if len(outcomes) != len(requests):
+            raise JudgeError(f"judge {name!r} gave {len(outcomes)} verdicts for {len(requests)} requests")
+    except JudgeError as error:
+        outcomes = [error] * len(requests)
+    return [settle(outcome, config, name=name) for outcome in outcomes]
+
+
+def settle(outcome: Verdict | JudgeError, config: SafeCoDeConfig, *, name: str) -> Verdict | JudgeError:
+    """Apply the policies to one outcome; the error that policy "raise" or a senseless verdict gives is returned."""
+    try:
+        verdict = apply_policy(outcome, config, judge=name)
+        verdict_bias(verdict, config)  # refuses a verdict that contradicts itself
+        return verdict
+    except JudgeError as error:
+        return error

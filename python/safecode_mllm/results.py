@@ -1,0 +1,58 @@
+"""What a request gives back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from safecode_mllm.decoding.record import GuidedToken
+from safecode_mllm.judges.protocol import Verdict
+
+Steering = Literal["on", "off"]
+
+
+@dataclass
+class ChatResult:
+    """The answer to one request.
+
+    Attributes:
+        text: the answer, special tokens removed; empty when `error` is set.
+        verdict: the judge's verdict with the policy applied; None when none was asked for.
+        steering: "on", or "off" for plain decoding.
+        steering_effective: False when the verdict is unsafe and the answer does not open with a refusal; True when it
+            does; None when the verdict is not unsafe or steering is off.
+        record: the guided tokens with their probabilities; None when not recorded.
+        seed: the seed of noise and draws; pass it again to get the same answer.
+        timings: wall-clock seconds per phase; in a batch, those of the whole batch.
+        error: what went wrong with this request, in a batch; `chat` raises it instead.
+        token_ids: the generated tokens, without padding.
+        context: preset, configuration digest, model and versions, for `audit`.
+    """
+
+    text: str
+    verdict: Verdict | None
+    steering: Steering
+    steering_effective: bool | None
+    record: list[GuidedToken] | None
+    seed: int
+    timings: dict[str, float]
+    error: Exception | None = None
+    token_ids: list[int] = field(default_factory=list)
+    context: dict[str, Any] = field(default_factory=dict)
+
+    def audit(self) -> dict[str, Any]:
+        """Return a JSON-ready dictionary of everything needed to explain and repeat this answer, bar the image.
+
+        Append it to a file as one JSON line. Neither the image nor the prompt is in it, only their SHA-256 digests.
+        """
+        return {
+            "text": self.text,
+            "verdict": None if self.verdict is None else asdict(self.verdict),
+            "steering": self.steering,
+            "steering_effective": self.steering_effective,
+            "guided_tokens": None if self.record is None else [asdict(token) for token in self.record],
+            "seed": self.seed,
+            "timings": self.timings,
+            "error": None if self.error is None else f"{type(self.error).__name__}: {self.error}",
+            **self.context,
+        }

@@ -1,0 +1,1 @@
+"""Implementations of the decode step; see registry.py for which one serves."""

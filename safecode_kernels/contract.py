@@ -1,0 +1,136 @@
+"""What every back end receives and returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Status(IntEnum):
+    """Why a row could not be decoded; the first that applies, in the order of PRECEDENCE."""
+
+    OK = 0
+    NAN_CLEAN = 1
+    NAN_NOISED = 2
+    NOTHING_FINITE = 3
+    INFINITE = 4
+
+    @property
+    def text(self) -> str:
+        """A sentence fragment for error messages."""
+        return _STATUS_TEXT[self]
+
+
+_STATUS_TEXT = {
+    Status.OK: "ok",
+    Status.NAN_CLEAN: "a clean logit is NaN",
+    Status.NAN_NOISED: "a noised logit of a candidate token is NaN",
+    Status.NOTHING_FINITE: "no token has a finite score",
+    Status.INFINITE: "a logit or a score is +inf",
+}
+
+
+class StepResult(NamedTuple):
+    """One token per row.
+
+    Attributes:
+        token: int64 [B], always a legal id; 0 where status is not 0.
+        logprob: float32 [B], natural log of the token's probability under the distribution it was drawn from; for a
+            greedy row the log-softmax of the kept scores at temperature 1; -inf where status is not 0.
+        n_kept: int32 [B], number of tokens in that distribution; 0 where status is not 0.
+        status: int32 [B], a `Status`.
+    """
+
+    token: Tensor
+    logprob: Tensor
+    n_kept: Tensor
+    status: Tensor
+
+
+class StepScores(NamedTuple):
+    """Scores of every token, for callers that run a processor list before they draw.
+
+    Attributes:
+        scores: float32 [B, V], after contrast and bias, unfiltered, at temperature 1; -inf = excluded.
+        biased_clean: float32 [B, V], clean logit plus effective bias: what the plausibility cut compares.
+        keep: bool [B, V], tokens that pass the plausibility cut.
+        status: int32 [B], a `Status`; where it is not 0 the row's scores are -inf and nothing is kept.
+    """
+
+    scores: Tensor
+    biased_clean: Tensor
+    keep: Tensor
+    status: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The step's parameters with one value per row, shape [B, 1], on the device of the logits.
+
+    Floating values have the compute dtype (float32, or float64 for the oracle) except `top_p`, which is float64 as the
+    mass it is compared with. Rows that are greedy hold the neutral temperature and filters. The plain bool and int
+    attributes are facts known on the host that let a back end skip work.
+    """
+
+    weight: Tensor
+    one_plus_weight: Tensor
+    bias: Tensor
+    scope: Tensor
+    log_beta: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    log_min_p: Tensor
+    greedy: Tensor
+    any_contrast: bool
+    any_bias: bool
+    max_scope: int
+    any_sampling: bool
+    any_temperature: bool
+    max_top_k: int
+    any_top_p: bool
+    any_min_p: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.weight.dtype
+
+
+class RefusalMask(NamedTuple):
+    """Token sets as int32 words [M, ceil(V / 32)] and, per row, which of them applies: int64 [B], -1 = none."""
+
+    words: Tensor
+    mask_id: Tensor
+
+
+class DrawKey(NamedTuple):
+    """What a draw depends on besides the token: seeds int64 [B], stream int64 [B], step."""
+
+    seeds: Tensor
+    stream: Tensor
+    step: int
+
+
+class Kernels(Protocol):
+    """The functions that the module of a back end has. Arguments are already checked; B >= 1 and V >= 1."""
+
+    def step(
+        self, clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | None, key: DrawKey | None
+    ) -> StepResult:
+        """Score, cut, filter and draw one token per row."""
+        ...
+
+    def scores(self, clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | None) -> StepScores:
+        """Return every token's score."""
+        ...
+
+    def draw(self, scores: Tensor, key: DrawKey | None) -> StepResult:
+        """Draw from processed scores; key None takes the best."""
+        ...

@@ -1,0 +1,155 @@
+"""Which back ends exist, which one serves a request, and why the others do not."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from .contract import LOGIT_DTYPES, Kernels
+from .errors import ArgumentError, BackendUnavailable
+from .settings import BACKEND_VARIABLE, REQUIRE_VARIABLE, read_settings
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the decode step.
+
+    Attributes:
+        name: what `backend=` calls it.
+        module: import path of the module with the functions of `contract.Kernels`; imported when first used.
+        devices: torch device types it runs on; None = every device of torch.
+        dtypes: logit dtypes that it reads.
+        priority: the automatic choice takes the highest that can serve.
+        probe: returns None if it can run on this machine, else one sentence that says why not.
+    """
+
+    name: str
+    module: str
+    devices: tuple[str, ...] | None
+    dtypes: tuple[torch.dtype, ...]
+    priority: int
+    probe: Callable[[], str | None]
+
+    def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return None if it serves logits of this device and dtype here, else one sentence that says why not."""
+        if self.devices is not None and device.type not in self.devices:
+            return f"it runs on {', '.join(self.devices)}, not on {device.type}"
+        if dtype not in self.dtypes:
+            return f"it reads {', '.join(str(d) for d in self.dtypes)}, not {dtype}"
+        return self.probe()
+
+    def load(self) -> Kernels:
+        """Import and return its functions."""
+        return cast(Kernels, importlib.import_module(self.module))
+
+
+_BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        name="eager",
+        module="safecode_kernels.backends.eager",
+        devices=None,
+        dtypes=LOGIT_DTYPES,
+        priority=0,
+        probe=lambda: None,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was chosen for a request and why; `str()` is one line per back end.
+
+    Attributes:
+        chosen: name of the back end, None if none can serve.
+        reasons: for each other back end why it was not chosen.
+    """
+
+    chosen: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        chosen = [f"{self.chosen}: chosen"] if self.chosen else []
+        return "\n".join(chosen + [f"{name}: not chosen, {reason}" for name, reason in self.reasons.items()])
+
+
+def list_backends() -> list[Backend]:
+    """Return every back end of this installation, best first, usable here or not."""
+    return sorted(_BACKENDS, key=lambda backend: -backend.priority)
+
+
+def resolve(
+    backend: str = "auto", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Backend:
+    """Return the back end that serves logits of this device and dtype; call it once per generation.
+
+    Args:
+        backend: a name, or "auto" for the best that can serve (or the one that SAFECODE_KERNELS_BACKEND names).
+        device: where the logits are.
+        dtype: of the logits.
+
+    Raises:
+        ArgumentError: there is no back end of that name.
+        BackendUnavailable: the named one cannot serve, none can, or one that SAFECODE_REQUIRE names cannot ("auto").
+    """
+    chosen, refusals = _choose(backend, torch.device(device), dtype)
+    if backend == "auto":
+        for name, reason in refusals.items():
+            if reason is not None and (name, reason) not in _logged:
+                _logged.add((name, reason))
+                _log.info("back end %s is passed over: %s", name, reason)
+    return chosen
+
+
+_logged: set[tuple[str, str]] = set()  # each reason is logged once per process; explain() tells it any time
+
+
+def explain(
+    backend: str = "auto", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Explanation:
+    """Return which back end `resolve` chooses for the same arguments and why it does not choose the others."""
+    try:
+        chosen, refusals = _choose(backend, torch.device(device), dtype)
+    except BackendUnavailable as error:
+        return Explanation(None, {backend: str(error)})
+    return Explanation(chosen.name, {name: reason or f"{chosen.name} goes first" for name, reason in refusals.items()})
+
+
+def _choose(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[Backend, dict[str, str | None]]:
+    """Return the back end for a request, and per other back end why it cannot serve (None if it could)."""
+    settings = read_settings()
+    refusals = {b.name: b.supports(device, dtype) for b in list_backends()}
+    request = f"{str(dtype).removeprefix('torch.')} logits on {device}"
+    named = settings.backend if requested == "auto" else requested
+    if named != "auto":
+        source = BACKEND_VARIABLE if requested == "auto" else "backend"
+        chosen = _by_name(named, source)
+        if reason := refusals.pop(named):
+            raise BackendUnavailable(f"{source}={named!r} cannot serve {request}: {reason}")
+        return chosen, refusals
+    for name in settings.required:
+        _by_name(name, REQUIRE_VARIABLE)
+        if reason := refusals[name]:
+            raise BackendUnavailable(f"{REQUIRE_VARIABLE} names {name!r}, which cannot serve {request}: {reason}")
+    usable = [b for b in list_backends() if refusals[b.name] is None]
+    if not usable:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+        raise BackendUnavailable(f"no back end serves {request} ({reasons})")
+    refusals.pop(usable[0].name)
+    return usable[0], refusals
+
+
+def _by_name(name: str, source: str) -> Backend:
+    for backend in _BACKENDS:
+        if backend.name == name:
+            return backend
+    known = ", ".join(backend.name for backend in list_backends())
+    if source == REQUIRE_VARIABLE:
+        raise BackendUnavailable(f"{source} names {name!r}, which this installation does not have; it has: {known}")
+    raise ArgumentError(f"{source}={name!r} is no back end of this installation; legal: auto, {known}")

@@ -1,0 +1,215 @@
+"""Tiny random models of the real classes, built offline, and prompts for them.
+
+Weights are drawn so that logits spread over a few units and the image moves them visibly: with the library's default
+initialisation a lost image or a swapped branch would change nothing and every test would pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+VOCAB = 200
+PAD, BOS, EOS, IMAGE, VIDEO, VISION_START, VISION_END = 0, 1, 2, 5, 6, 7, 8
+_FIRST_WORD = 10  # ids below are special
+_NEW_ROPE = int(transformers.__version__.split(".")[0]) >= 5
+
+FAMILY_NAMES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@dataclass
+class TinyModel:
+    """A model and the function that makes a left-padded prompt batch of B rows, row b longer by `extra[b]` words."""
+
+    name: str
+    model: Any
+    prompts: Callable[..., dict[str, Tensor]]
+
+
+def tiny_model(name: str, seed: int = 0) -> TinyModel:
+    """Build the tiny model of a family."""
+    torch.manual_seed(seed)
+    config, model_class, images = _BUILDERS[name]()
+    model = model_class(config).eval()
+    model.set_attn_implementation("sdpa")
+    _randomise(model, seed)
+    generation = model.generation_config
+    generation.pad_token_id, generation.bos_token_id, generation.eos_token_id = PAD, BOS, EOS
+
+    def prompts(rows: int = 1, extra: tuple[int, ...] = (), seed: int = 1) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        counts, pixels = images(rows, generator)
+        words = [[_words(6 + (extra[row] if extra else 0), generator), _words(5, generator)] for row in range(rows)]
+        mrope = name.startswith("qwen")
+        opening, closing = ([VISION_START], [VISION_END]) if mrope else ([], [])
+        ids = [
+            [*([] if mrope else [BOS]), *before, *opening, *[IMAGE] * count, *closing, *after]
+            for (before, after), count in zip(words, counts, strict=True)
+        ]
+        batch = _left_pad(ids)
+        if mrope and _NEW_ROPE:
+            batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).int()
+        return batch | pixels
+
+    return TinyModel(name, model, prompts)
+
+
+def noised_copy(inputs: dict[str, Tensor], seed: int = 7, std: float = 2.0) -> dict[str, Tensor]:
+    """The same prompt with noised pixels; exact-zero padding stays zero."""
+    noise = torch.randn(inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(seed)) * std
+    pixels = inputs["pixel_values"]
+    return dict(inputs, pixel_values=torch.where(pixels == 0, pixels, pixels + noise))
+
+
+def extended(inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+    """The prompt continued to `ids` [B, L + n] for a forward pass without a cache."""
+    added = ids.shape[1] - inputs["input_ids"].shape[1]
+    longer = dict(inputs, input_ids=ids)
+    for key, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        if key in longer:
+            tail = torch.full((ids.shape[0], added), fill, dtype=longer[key].dtype)
+            longer[key] = torch.cat([longer[key], tail], 1)
+    return longer
+
+
+def _words(count: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(_FIRST_WORD, VOCAB - 10, (count,), generator=generator).tolist()
+
+
+def _left_pad(rows: list[list[int]]) -> dict[str, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), PAD)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        ids[row, width - len(tokens) :] = torch.tensor(tokens)
+        mask[row, width - len(tokens) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _llama(**changes: Any) -> dict[str, Any]:
+    return dict(
+        model_type="llama", vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=PAD, bos_token_id=BOS,
+        eos_token_id=EOS,
+    ) | changes  # fmt: skip
+
+
+def _clip(size: int) -> dict[str, Any]:
+    return dict(
+        model_type="clip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=2, image_size=size, patch_size=7, projection_dim=32,
+    )  # fmt: skip
+
+
+def _llava() -> tuple[Any, type, Any]:
+    config = transformers.LlavaConfig(
+        vision_config=_clip(28), text_config=_llama(), image_token_index=IMAGE, vision_feature_layer=-2,
+        vision_feature_select_strategy="default", image_seq_length=16,
+    )  # fmt: skip
+    config.image_token_id = IMAGE
+
+    def images(rows: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+        return [16] * rows, {"pixel_values": torch.randn(rows, 3, 28, 28, generator=generator)}
+
+    return config, transformers.LlavaForConditionalGeneration, images
+
+
+def _llava_next() -> tuple[Any, type, Any]:
+    config = transformers.LlavaNextConfig(
+        vision_config=_clip(14), text_config=_llama(model_type="mistral", sliding_window=None),
+        image_token_index=IMAGE, vision_feature_layer=-2, vision_feature_select_strategy="default",
+        image_grid_pinpoints=[[14, 28], [28, 14], [28, 28]], image_seq_length=4,
+    )  # fmt: skip
+    config.image_token_id = IMAGE
+
+    def images(rows: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+        # Two shapes in turn: numbers of patches and of tokens differ, so patches are padded with zeros.
+        sizes = [(28, 28) if row % 2 == 0 else (14, 28) for row in range(rows)]
+        patches = [5 if size == (28, 28) else 3 for size in sizes]
+        counts = [4 + 4 * 5 if size == (28, 28) else 4 + 2 * 5 for size in sizes]
+        pixels = torch.zeros(rows, max(patches), 3, 14, 14)
+        for row, count in enumerate(patches):
+            pixels[row, :count] = torch.randn(count, 3, 14, 14, generator=generator)
+        return counts, {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+
+    return config, transformers.LlavaNextForConditionalGeneration, images
+
+
+def _qwen(text: dict[str, Any], vision: dict[str, Any], config_class: str, model_class: str) -> tuple[Any, type, Any]:
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    text = _llama(**text)
+    del text["model_type"]
+    if _NEW_ROPE:
+        text["rope_parameters"] = rope
+    else:
+        text["rope_scaling"] = rope | ({} if config_class == "Qwen3VLConfig" else {"type": "default"})
+    config = getattr(transformers, config_class)(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
+        vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
+    )  # fmt: skip
+
+    def images(rows: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+        grids = [(1, 4, 6) if row % 2 == 0 else (1, 6, 8) for row in range(rows)]
+        patches = sum(height * width for _, height, width in grids)
+        pixels = torch.randn(patches, 3 * 2 * 4 * 4, generator=generator)
+        counts = [height * width // 4 for _, height, width in grids]
+        return counts, {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}
+
+    return config, getattr(transformers, model_class), images
+
+
+_QWEN_VISION: dict[str, Any] = dict(
+    depth=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, num_heads=2, in_channels=3
+)
+
+
+def _qwen2_vl() -> tuple[Any, type, Any]:
+    vision = _QWEN_VISION | dict(embed_dim=32, hidden_size=64, mlp_ratio=2)
+    return _qwen({}, vision, "Qwen2VLConfig", "Qwen2VLForConditionalGeneration")
+
+
+def _qwen2_5_vl() -> tuple[Any, type, Any]:
+    vision = _QWEN_VISION | dict(
+        hidden_size=32, intermediate_size=48, out_hidden_size=64, window_size=16, fullatt_block_indexes=[1], in_chans=3
+    )
+    return _qwen({}, vision, "Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration")
+
+
+def _qwen3_vl() -> tuple[Any, type, Any]:
+    vision = _QWEN_VISION | dict(
+        depth=3, hidden_size=32, intermediate_size=48, out_hidden_size=64, num_position_embeddings=16,
+        deepstack_visual_indexes=[0, 1],
+    )  # fmt: skip
+    return _qwen({"head_dim": 16}, vision, "Qwen3VLConfig", "Qwen3VLForConditionalGeneration")
+
+
+_BUILDERS: dict[str, Callable[[], tuple[Any, type, Any]]] = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+}
+
+
+@torch.no_grad()
+def _randomise(model: Any, seed: int) -> None:
+    """Redraw all weights: norms near one, biases small, matrices scaled to keep activations, a wide output head."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in sorted(model.named_parameters()):
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.dim() == 1:
+            is_norm = name.endswith("norm.weight") or "layernorm" in name.lower()
+            weight.copy_((1.0 if is_norm else 0.0) + 0.05 * noise)
+        elif "lm_head" in name:
+            weight.copy_(0.2 * noise)
+            weight[IMAGE : VISION_END + 1] = 0.0  # never the best: a stock model that wrote an image token would crash
+        elif "embed" in name:
+            weight.copy_(0.7 * noise)
+        else:
+            weight.copy_(noise * 1.2 / (weight.numel() / weight.shape[0]) ** 0.5)
