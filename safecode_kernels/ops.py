@@ -56,8 +56,8 @@ def decode_step(
         StepResult. A row that cannot be decoded has a status and leaves the others alone. B = 0 gives empty tensors.
 
     Raises:
-        ArgumentError, ArgumentTypeError: an argument is illegal; nothing has been computed. The values of mask_id, seeds
-            and stream are not looked at where they are tensors on an accelerator: that would stop the device.
+        ArgumentError, ArgumentTypeError: an argument is illegal; nothing has been computed. Where mask_id, seeds or
+            stream are tensors on an accelerator their values are not looked at: that would stop the device.
         BackendUnavailable: the back end cannot serve these logits.
 
     Determinism:

@@ -52,7 +52,7 @@ class PromptBuilder:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._template = _chat_template(processor, self.tokenizer)
         self._placeholder = _placeholder_id(processor, self.tokenizer)
-        self._control = _ControlTokens(processor, self.tokenizer)
+        self._control = _ControlTokens(self.tokenizer)
         self._harmless_ids = self._encode_whole(self._render(HARMLESS_TEXT))
         if self._harmless_ids.count(self._placeholder) != 1:
             raise PromptError("processor: its chat template writes no image placeholder for an image in the user turn")
@@ -212,12 +212,12 @@ class PromptBuilder:
 class _ControlTokens:
     """The tokens that a user's text must not be able to write."""
 
-    def __init__(self, processor: Any, tokenizer: Any) -> None:
-        added = {int(i): token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    def __init__(self, tokenizer: Any) -> None:
         special = {int(tokenizer.convert_tokens_to_ids(str(text))): str(text) for text in tokenizer.all_special_tokens}
-        tokens = {**added, **special}
-        # Some vocabularies add runs of spaces or line breaks, which ordinary text is made of.
-        self._tokens = {i: text for i, text in tokens.items() if text and not text.isspace()}
+        added = {int(i): token for i, token in tokenizer.added_tokens_decoder.items()}
+        # Some vocabularies add runs of spaces, or single letters of a script: ordinary text is made of these.
+        marked = {i: t.content for i, t in added.items() if t.special or len(t.content) > 1}
+        self._tokens = {i: text for i, text in {**marked, **special}.items() if text and not text.isspace()}
         longest_first = sorted(self._tokens.values(), key=len, reverse=True)
         # Normalised tokens match whatever the case; a cut too many changes nothing a reader could see.
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)

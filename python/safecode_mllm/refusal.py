@@ -109,6 +109,8 @@ BENIGN_OPENINGS: tuple[str, ...] = (
 
 # The state of a row whose bias has ended.
 ENDED = -1
+# Marks the end of a phrase in a trie under construction.
+_END: dict[int, Any] = {}
 # What an answer may stand behind: a fresh line, or text that it follows after a space.
 _LINE_ANCHOR = "\n"
 _WORD_ANCHOR = ":"
@@ -183,24 +185,31 @@ def refusal_tokens(tokenizer: Any, vocab_size: int, kind: RefusalKind = "phrase_
 
 
 def _phrase_trie(tokenizer: Any, vocab_size: int) -> RefusalTokens:
-    children: list[dict[int, int]] = [{}]
+    trie: dict[int, Any] = {}
     for ids in sorted(_all_sequences(tokenizer, vocab_size, REFUSAL_OPENINGS), key=len):
-        _insert(children, ids)
-    masks = pack_masks([sorted(node) for node in children], vocab_size)
-    return RefusalTokens("phrase_trie", masks, 0, tuple(children))
+        _insert(trie, ids)
+    states: dict[tuple[tuple[int, int], ...], int] = {}
+    start = _number_states(trie, states)
+    masks = pack_masks([[token for token, _ in moves] for moves in states], vocab_size)
+    return RefusalTokens("phrase_trie", masks, start, tuple(dict(moves) for moves in states))
 
 
-def _insert(children: list[dict[int, int]], ids: Sequence[int]) -> None:
+def _insert(trie: dict[int, Any], ids: Sequence[int]) -> None:
     """Add one sequence, shorter ones first; where one sequence begins another, only the shorter stays."""
-    node = 0
+    node = trie
     for token in ids[:-1]:
-        if children[node].get(token) == ENDED:
+        node = node.setdefault(token, {})
+        if node is _END:
             return
-        if token not in children[node]:
-            children.append({})
-            children[node][token] = len(children) - 1
-        node = children[node][token]
-    children[node][ids[-1]] = ENDED
+    node.setdefault(ids[-1], _END)
+
+
+def _number_states(node: dict[int, Any], states: dict[tuple[tuple[int, int], ...], int]) -> int:
+    """Number the places of a trie; places that continue alike become one state, hence one mask."""
+    if node is _END:
+        return ENDED
+    moves = tuple(sorted((token, _number_states(child, states)) for token, child in node.items()))
+    return states.setdefault(moves, len(states))
 
 
 def _first_tokens(tokenizer: Any, vocab_size: int) -> RefusalTokens:

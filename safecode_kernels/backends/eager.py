@@ -129,7 +129,7 @@ def _finish(x: Tensor, ids: Tensor | None, key: DrawKey | None, greedy: Tensor |
     best = x.amax(-1, keepdim=True)
     status = _first(status, _status_of_best(best.squeeze(1)))
     n_kept = (x > NEG_INF).sum(-1, dtype=torch.int32)
-    log_mass = (x - best).exp_().sum(-1, dtype=torch.float64).log().to(x.dtype)
+    log_mass = (x - best).exp_().sum(-1).log()
     if key is not None:
         x, ids = _compact(x, ids, x - best >= -rng.GUMBEL_SPAN)
         noise = _gumbel(x, ids, key)

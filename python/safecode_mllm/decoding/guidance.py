@@ -55,6 +55,11 @@ class Guidance:
         return self.uses_contrast or self._cuts or any(self.bias)
 
     @property
+    def score_scale(self) -> float:
+        """The factor 1 + a between our scores and the paper's, z - alpha n = [(1 + a) z - a n] / (1 + a); else 1."""
+        return 1.0 + self.config.contrast_weight if self.config.contrast_scale == "paper" else 1.0
+
+    @property
     def _cuts(self) -> bool:
         return self.config.plausibility_beta > 0 and any(self.steered)
 
@@ -76,7 +81,7 @@ class Guidance:
         """Return the parameters of a decode step for all rows, inside or after the guided window."""
         if not guided:
             return StepParams(contrast_weight=0.0, plausibility_beta=0.0, greedy=greedy, **warpers)
-        scale = self.config.guided_scale
+        scale = self.score_scale
         warpers = dict(warpers, temperature=warpers.get("temperature", 1.0) * scale)
         return StepParams(
             contrast_weight=self._per_row(self.config.contrast_weight),

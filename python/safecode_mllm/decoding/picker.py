@@ -88,7 +88,7 @@ class TokenPicker:
     def _guided_scores(self, ids: Tensor, clean: Tensor, noised: Tensor | None) -> tuple[Tensor, Tensor]:
         """Contrast, bias, processors, cut, warpers, in the order of the method."""
         steered = self._step(clean, True).scores(clean, noised, mask_id=self._mask_ids(clean.device))
-        scores = apply(self.processors.before, ids, steered.scores / self.guidance.config.guided_scale)
+        scores = apply(self.processors.before, ids, steered.scores / self.guidance.score_scale)
         allowed = scores > -torch.inf
         beta = torch.tensor(self.guidance.betas(), device=clean.device)
         keep = plausible(steered.biased_clean, allowed, beta)

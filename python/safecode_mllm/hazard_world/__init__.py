@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .evaluate import DemoScene, Evaluation, MethodResult, demo_scenes, run_evaluation
-    from .model import WEIGHTS, load_world
+    from .model import load_world
+    from .paths import WEIGHTS
     from .train import TrainingReport, train
     from .tuning import Sweep, load_tuned, save_tuned, tune
 
@@ -42,3 +43,11 @@ __all__ = [
     "train",
     "tune",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -15,7 +15,7 @@ from ..judges.protocol import Verdict
 from .arms import PLAIN, Arm, make_arms, make_controls
 from .bench import DEFAULT_BATCH_SIZE, Bench, Progress, make_bench
 from .comparisons import Comparison, compare
-from .model import WEIGHTS
+from .paths import WEIGHTS
 from .scenes import STRATA, Stratum
 from .score import Outcome, classify, is_right
 from .splits import Split

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from .language import CHAT_TEMPLATE, IMAGE_TOKEN, corpus
+from .paths import WEIGHTS
 from .render import SIZE
 
-WEIGHTS = Path(__file__).parent / "weights"
 PATCH = 8
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 _PAD, _BOS, _EOS, _UNK = "<pad>", "<s>", "</s>", "<unk>"
