@@ -13,7 +13,12 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Status(IntEnum):
-    """Why a row could not be decoded; the first that applies, in the order of PRECEDENCE."""
+    """Why a row could not be decoded.
+
+    If several apply: a NaN clean logit goes before a +inf one, these before what is found at the candidates (a NaN
+    noised logit, then a +inf one, then a score that is +inf or NaN by overflow), and NOTHING_FINITE comes last. A score
+    that overflows to -inf only excludes its token, so models that mask with the least finite number can be decoded.
+    """
 
     OK = 0
     NAN_CLEAN = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -316,7 +317,7 @@ def _per_row_ids(name: str, value: PerRowId, batch: int, low: int, high: int, de
     if len(values) != batch:
         raise ArgumentError(f"{name} holds {len(values)} values; legal: {legal}")
     for row, item in enumerate(values):
-        if not isinstance(item, int) or isinstance(item, bool):
+        if not isinstance(item, Integral) or isinstance(item, bool):
             raise ArgumentTypeError(f"{name}[{row}]={item!r} is a {type(item).__name__}; legal: {legal}")
         if not low <= item <= high:
             raise ArgumentError(f"{name}[{row}]={item} is out of range; legal: {legal}")

@@ -14,12 +14,32 @@ import torch
 import transformers
 from torch import Tensor
 
+from tiny_processors import tiny_processor
+
 VOCAB = 200
 PAD, BOS, EOS, IMAGE, VIDEO, VISION_START, VISION_END = 0, 1, 2, 5, 6, 7, 8
 _FIRST_WORD = 10  # ids below are special
+_QWEN_PATCH = 4
 _NEW_ROPE = int(transformers.__version__.split(".")[0]) >= 5
 
 FAMILY_NAMES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@dataclass(frozen=True)
+class TinyTokens:
+    """Vocabulary size and special ids of a tiny model."""
+
+    size: int = VOCAB
+    pad: int = PAD
+    bos: int = BOS
+    eos: int = EOS
+    image: int = IMAGE
+    video: int = VIDEO
+    vision_start: int = VISION_START
+    vision_end: int = VISION_END
+
+    def placeholders(self) -> list[int]:
+        return [self.image, self.video, self.vision_start, self.vision_end]
 
 
 @dataclass
@@ -32,14 +52,8 @@ class TinyModel:
 
 
 def tiny_model(name: str, seed: int = 0) -> TinyModel:
-    """Build the tiny model of a family."""
-    torch.manual_seed(seed)
-    config, model_class, images = _BUILDERS[name]()
-    model = model_class(config).eval()
-    model.set_attn_implementation("sdpa")
-    _randomise(model, seed)
-    generation = model.generation_config
-    generation.pad_token_id, generation.bos_token_id, generation.eos_token_id = PAD, BOS, EOS
+    """Build the tiny model of a family and its prompts of random words."""
+    model, images = build(name, TinyTokens(), _QWEN_PATCH, seed)
 
     def prompts(rows: int = 1, extra: tuple[int, ...] = (), seed: int = 1) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -57,6 +71,35 @@ def tiny_model(name: str, seed: int = 0) -> TinyModel:
         return batch | pixels
 
     return TinyModel(name, model, prompts)
+
+
+def build(name: str, tokens: TinyTokens, patch: int, seed: int = 0) -> tuple[Any, Any]:
+    """Build the model of a family for a vocabulary and (Qwen) a patch size; returns it and its picture maker."""
+    torch.manual_seed(seed)
+    config, model_class, images = _BUILDERS[name](tokens, patch)
+    model = model_class(config).eval()
+    model.set_attn_implementation("sdpa")
+    _randomise(model, tokens, seed)
+    generation = model.generation_config
+    generation.pad_token_id, generation.bos_token_id, generation.eos_token_id = tokens.pad, tokens.bos, tokens.eos
+    return model, images
+
+
+def tiny_chat_model(name: str, seed: int = 0) -> tuple[Any, Any]:
+    """Return a tiny random model that fits the tiny processor of its family, and that processor."""
+    processor = tiny_processor(name)
+    ids = processor.tokenizer.convert_tokens_to_ids
+    qwen = name.startswith("qwen")
+    tokens = TinyTokens(
+        len(processor.tokenizer),
+        processor.tokenizer.pad_token_id,
+        processor.tokenizer.pad_token_id if qwen else processor.tokenizer.bos_token_id,
+        processor.tokenizer.eos_token_id,
+        ids("<|image_pad|>" if qwen else "<image>"),
+        *(ids(token) for token in ("<|video_pad|>", "<|vision_start|>", "<|vision_end|>") if qwen),
+    )
+    patch = processor.image_processor.patch_size if qwen else 0
+    return build(name, tokens, patch, seed)[0], processor
 
 
 def noised_copy(inputs: dict[str, Tensor], seed: int = 7, std: float = 2.0) -> dict[str, Tensor]:
@@ -91,11 +134,12 @@ def _left_pad(rows: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _llama(**changes: Any) -> dict[str, Any]:
+def _llama(tokens: TinyTokens, **changes: Any) -> dict[str, Any]:
     return dict(
-        model_type="llama", vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=PAD, bos_token_id=BOS,
-        eos_token_id=EOS,
+        model_type="llama", vocab_size=tokens.size, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, pad_token_id=tokens.pad,
+        bos_token_id=tokens.bos,
+        eos_token_id=tokens.eos,
     ) | changes  # fmt: skip
 
 
@@ -106,12 +150,12 @@ def _clip(size: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _llava() -> tuple[Any, type, Any]:
+def _llava(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
     config = transformers.LlavaConfig(
-        vision_config=_clip(28), text_config=_llama(), image_token_index=IMAGE, vision_feature_layer=-2,
+        vision_config=_clip(28), text_config=_llama(tokens), image_token_index=tokens.image, vision_feature_layer=-2,
         vision_feature_select_strategy="default", image_seq_length=16,
     )  # fmt: skip
-    config.image_token_id = IMAGE
+    config.image_token_id = tokens.image
 
     def images(rows: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
         return [16] * rows, {"pixel_values": torch.randn(rows, 3, 28, 28, generator=generator)}
@@ -119,13 +163,13 @@ def _llava() -> tuple[Any, type, Any]:
     return config, transformers.LlavaForConditionalGeneration, images
 
 
-def _llava_next() -> tuple[Any, type, Any]:
+def _llava_next(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
     config = transformers.LlavaNextConfig(
-        vision_config=_clip(14), text_config=_llama(model_type="mistral", sliding_window=None),
-        image_token_index=IMAGE, vision_feature_layer=-2, vision_feature_select_strategy="default",
+        vision_config=_clip(14), text_config=_llama(tokens, model_type="mistral", sliding_window=None),
+        image_token_index=tokens.image, vision_feature_layer=-2, vision_feature_select_strategy="default",
         image_grid_pinpoints=[[14, 28], [28, 14], [28, 28]], image_seq_length=4,
     )  # fmt: skip
-    config.image_token_id = IMAGE
+    config.image_token_id = tokens.image
 
     def images(rows: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
         # Two shapes in turn: numbers of patches and of tokens differ, so patches are padded with zeros.
@@ -140,55 +184,56 @@ def _llava_next() -> tuple[Any, type, Any]:
     return config, transformers.LlavaNextForConditionalGeneration, images
 
 
-def _qwen(text: dict[str, Any], vision: dict[str, Any], config_class: str, model_class: str) -> tuple[Any, type, Any]:
+def _qwen(tokens: TinyTokens, text: dict[str, Any], vision: dict[str, Any], name: str) -> tuple[Any, type, Any]:
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-    text = _llama(**text)
+    text = _llama(tokens, **text)
     del text["model_type"]
     if _NEW_ROPE:
         text["rope_parameters"] = rope
     else:
-        text["rope_scaling"] = rope | ({} if config_class == "Qwen3VLConfig" else {"type": "default"})
-    config = getattr(transformers, config_class)(
-        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
-        vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
+        text["rope_scaling"] = rope | ({} if name == "Qwen3VL" else {"type": "default"})
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text, vision_config=vision, image_token_id=tokens.image, video_token_id=tokens.video,
+        vision_start_token_id=tokens.vision_start, vision_end_token_id=tokens.vision_end,
     )  # fmt: skip
 
     def images(rows: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
         grids = [(1, 4, 6) if row % 2 == 0 else (1, 6, 8) for row in range(rows)]
         patches = sum(height * width for _, height, width in grids)
-        pixels = torch.randn(patches, 3 * 2 * 4 * 4, generator=generator)
+        pixels = torch.randn(patches, 3 * 2 * vision["patch_size"] ** 2, generator=generator)
         counts = [height * width // 4 for _, height, width in grids]
         return counts, {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}
 
-    return config, getattr(transformers, model_class), images
+    return config, getattr(transformers, f"{name}ForConditionalGeneration"), images
 
 
-_QWEN_VISION: dict[str, Any] = dict(
-    depth=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, num_heads=2, in_channels=3
-)
+def _qwen_vision(patch: int, **changes: Any) -> dict[str, Any]:
+    return dict(
+        depth=2, patch_size=patch, spatial_merge_size=2, temporal_patch_size=2, num_heads=2, in_channels=3
+    ) | changes  # fmt: skip
 
 
-def _qwen2_vl() -> tuple[Any, type, Any]:
-    vision = _QWEN_VISION | dict(embed_dim=32, hidden_size=64, mlp_ratio=2)
-    return _qwen({}, vision, "Qwen2VLConfig", "Qwen2VLForConditionalGeneration")
+def _qwen2_vl(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
+    return _qwen(tokens, {}, _qwen_vision(patch, embed_dim=32, hidden_size=64, mlp_ratio=2), "Qwen2VL")
 
 
-def _qwen2_5_vl() -> tuple[Any, type, Any]:
-    vision = _QWEN_VISION | dict(
-        hidden_size=32, intermediate_size=48, out_hidden_size=64, window_size=16, fullatt_block_indexes=[1], in_chans=3
-    )
-    return _qwen({}, vision, "Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration")
+def _qwen2_5_vl(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
+    vision = _qwen_vision(
+        patch, hidden_size=32, intermediate_size=48, out_hidden_size=64, window_size=4 * patch,
+        fullatt_block_indexes=[1], in_chans=3,
+    )  # fmt: skip
+    return _qwen(tokens, {}, vision, "Qwen2_5_VL")
 
 
-def _qwen3_vl() -> tuple[Any, type, Any]:
-    vision = _QWEN_VISION | dict(
-        depth=3, hidden_size=32, intermediate_size=48, out_hidden_size=64, num_position_embeddings=16,
+def _qwen3_vl(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
+    vision = _qwen_vision(
+        patch, depth=3, hidden_size=32, intermediate_size=48, out_hidden_size=64, num_position_embeddings=16,
         deepstack_visual_indexes=[0, 1],
     )  # fmt: skip
-    return _qwen({"head_dim": 16}, vision, "Qwen3VLConfig", "Qwen3VLForConditionalGeneration")
+    return _qwen(tokens, {"head_dim": 16}, vision, "Qwen3VL")
 
 
-_BUILDERS: dict[str, Callable[[], tuple[Any, type, Any]]] = {
+_BUILDERS: dict[str, Callable[[TinyTokens, int], tuple[Any, type, Any]]] = {
     "llava": _llava,
     "llava_next": _llava_next,
     "qwen2_vl": _qwen2_vl,
@@ -198,7 +243,7 @@ _BUILDERS: dict[str, Callable[[], tuple[Any, type, Any]]] = {
 
 
 @torch.no_grad()
-def _randomise(model: Any, seed: int) -> None:
+def _randomise(model: Any, tokens: TinyTokens, seed: int) -> None:
     """Redraw all weights: norms near one, biases small, matrices scaled to keep activations, a wide output head."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in sorted(model.named_parameters()):
@@ -208,7 +253,7 @@ def _randomise(model: Any, seed: int) -> None:
             weight.copy_((1.0 if is_norm else 0.0) + 0.05 * noise)
         elif "lm_head" in name:
             weight.copy_(0.2 * noise)
-            weight[IMAGE : VISION_END + 1] = 0.0  # never the best: a stock model that wrote an image token would crash
+            weight[tokens.placeholders()] = 0.0  # never the best: a stock model that wrote an image token would crash
         elif "embed" in name:
             weight.copy_(0.7 * noise)
         else:

@@ -1,8 +1,8 @@
 """Real processors of every family with tokenizers trained here: no file and no network.
 
-The tokenizers have the shapes that matter: byte-level BPE without a begin token (Qwen), SentencePiece-like BPE with byte
-fallback in its two pre-tokenisations (LLaVA, LLaVA-NeXT), and lower-casing WordPiece. Each has special tokens and added
-tokens that are not special, because both are matched inside a user's text.
+The tokenizers have the shapes that matter: byte-level BPE without a begin token (Qwen), SentencePiece-like BPE with
+byte fallback in its two pre-tokenisations (LLaVA, LLaVA-NeXT), and lower-casing WordPiece. Each has special tokens and
+added tokens that are not special, because both are matched inside a user's text.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def byte_level_tokenizer() -> Any:
 
 @cache
 def sentencepiece_like_tokenizer(prepends_in_normalizer: bool) -> Any:
-    """Llama's shape: spaces as metasymbols, byte fallback, begin token. Old files prepend the space in the normaliser."""
+    """Llama's shape: metaspaces, byte fallback, begin token. Old files prepend the first space in the normaliser."""
     metaspace = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=True)
     raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     raw.pre_tokenizer = metaspace
@@ -172,11 +172,8 @@ def _qwen_processor(name: str) -> Any:
     for role, token in tokens.items():
         setattr(processor, f"{role}_token", token)
         setattr(processor, f"{role}_token_id", processor.tokenizer.convert_tokens_to_ids(token))
-    processor.image_ids, processor.video_ids, processor.audio_ids = (
-        [processor.image_token_id],
-        [processor.video_token_id],
-        [],
-    )
+    processor.image_ids, processor.video_ids = [processor.image_token_id], [processor.video_token_id]
+    processor.audio_ids = []
     return processor
 
 

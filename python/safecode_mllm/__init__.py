@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from . import errors as errors
     from .config import PRESETS as PRESETS
     from .config import SafeCoDeConfig as SafeCoDeConfig
-    from .decoding import steered_generate as steered_generate
+    from .decoding.guidance import Guidance as Guidance
+    from .decoding.loop import SteeredGeneration as SteeredGeneration
     from .judges.protocol import Judge as Judge
     from .judges.protocol import JudgeRequest as JudgeRequest
     from .judges.protocol import Verdict as Verdict
@@ -23,26 +24,28 @@ if TYPE_CHECKING:
 # Public name -> the module that holds it.
 _HOMES = {
     "ChatResult": ".results",
+    "Guidance": ".decoding.guidance",
     "Judge": ".judges.protocol",
     "JudgeRequest": ".judges.protocol",
     "PRESETS": ".config",
     "SafeCoDe": ".pipeline",
     "SafeCoDeConfig": ".config",
+    "SteeredGeneration": ".decoding.loop",
     "Verdict": ".judges.protocol",
-    "steered_generate": ".decoding",
 }
 
 __all__ = [
     "PRESETS",
     "ChatResult",
+    "Guidance",
     "Judge",
     "JudgeRequest",
     "SafeCoDe",
     "SafeCoDeConfig",
+    "SteeredGeneration",
     "Verdict",
     "__version__",
     "errors",
-    "steered_generate",
 ]
 
 

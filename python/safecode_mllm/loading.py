@@ -24,6 +24,7 @@ def load_model(
     Raises:
         SafeCoDeError: nothing usable is there; the message says what to check.
     """
+    model: Any
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if id_or_path == PACKAGED_MODEL:
         with optional_imports():

@@ -27,11 +27,18 @@ class ChatStream:
     def __init__(self, tokenizer: Any, run: Callable[[Any, Any], ChatResult]):
         from transformers import TextIteratorStreamer
 
-        self.result: ChatResult | None = None
+        self._result: ChatResult | None = None
         self._error: BaseException | None = None
         self._stop = threading.Event()
         self._streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._thread = threading.Thread(target=self._work, args=(run,), daemon=True)
+
+    @property
+    def result(self) -> ChatResult:
+        """The whole answer; there is none before the iteration has ended."""
+        if self._result is None:
+            raise RuntimeError("the stream has no result yet: iterate over it to the end first")
+        return self._result
 
     def __iter__(self) -> Iterator[str]:
         if self._thread.ident is not None:
@@ -47,7 +54,7 @@ class ChatStream:
 
     def _work(self, run: Callable[[Any, Any], ChatResult]) -> None:
         try:
-            self.result = run(self._streamer, _StopWhen(self._stop))
+            self._result = run(self._streamer, _StopWhen(self._stop))
         except BaseException as error:
             self._error = error
             # The loop may be waiting for text that will never come.

@@ -48,14 +48,13 @@ _PLACEHOLDER_FIELDS = (
 
 def family_of(model: Any) -> Family:
     """Return the family of a Hugging Face model; raises UnsupportedModelError for a class that is not known."""
-    model_type = getattr(model.config, "model_type", None)
-    try:
-        return FAMILIES[model_type]
-    except KeyError:
-        known = ", ".join(sorted(FAMILIES))
+    model_type = str(getattr(model.config, "model_type", None))
+    if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"model type {model_type!r} ({type(model).__name__}) is not supported yet; supported types: {known}"
-        ) from None
+            f"model type {model_type!r} ({type(model).__name__}) is not supported yet; "
+            f"supported types: {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[model_type]
 
 
 def placeholder_ids(model: Any) -> list[int]:
@@ -90,9 +89,9 @@ def prompt_positions(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def forward_parameters(model_class: type) -> frozenset[str]:
+def forward_parameters(model_class: Any) -> frozenset[str]:
     """Return the parameter names of a model class's `forward`; transformers versions differ in them."""
-    return frozenset(inspect.signature(model_class.forward).parameters)  # type: ignore[attr-defined]
+    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 def forward(model: Any, *, cached: int, **inputs: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class Guidance:
         for name in ("steered", "bias", "states"):
             setattr(self, name, [value for value in getattr(self, name) for _ in range(times)])
 
-    def step_params(self, *, guided: bool, greedy: bool, warpers: dict[str, float]) -> StepParams:
+    def step_params(self, *, guided: bool, greedy: bool, warpers: dict[str, Any]) -> StepParams:
         """Return the parameters of a decode step for all rows, inside or after the guided window."""
         if not guided:
             return StepParams(contrast_weight=0.0, plausibility_beta=0.0, greedy=greedy, **warpers)

@@ -103,7 +103,8 @@ class SteeredGeneration:
         times = input_ids.shape[0] // branches.rows
         branches.expand(times)
         self.guidance.expand(times)
-        clean, noised = (None if z is None else z.repeat_interleave(times, 0) for z in (clean, noised))
+        clean = clean.repeat_interleave(times, 0)
+        noised = None if noised is None else noised.repeat_interleave(times, 0)
         run = _Run(self, model, branches, generation_config, logits_processor, stopping_criteria, times)
         run.end_rows([row * times + i for row in failed for i in range(times)])
         return run.decode(input_ids, clean, noised)
@@ -223,7 +224,7 @@ class _Run:
         if record:
             alive = self.unfinished.tolist()
             for row, token in enumerate(guided_tokens(pick.result, raw, self.picker.warpers)):
-                if alive[row]:
+                if alive[row] and self.guidance.steered[row]:
                     self.request.report.guided[row].append(token)
         return tokens, pick
 
@@ -271,12 +272,10 @@ class _Run:
             return ids
         from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-        return GenerateDecoderOnlyOutput(
-            sequences=ids,
-            scores=None if self.scores is None else tuple(self.scores),
-            logits=None if self.logits is None else tuple(self.logits),
-            past_key_values=self.branches.cache,
-        )
+        output: dict[str, Any] = {"sequences": ids, "past_key_values": self.branches.cache}
+        for name, kept in (("scores", self.scores), ("logits", self.logits)):
+            output[name] = None if kept is None else tuple(kept)
+        return GenerateDecoderOnlyOutput(**output)
 
 
 def _check_mode(generation_config: Any) -> None:

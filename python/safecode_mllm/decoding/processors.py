@@ -41,7 +41,7 @@ class ProcessorSplit:
     before: tuple[Any, ...]
     after: tuple[Any, ...]
 
-    def fused_parameters(self) -> dict[str, float] | None:
+    def fused_parameters(self) -> dict[str, Any] | None:
         """Return the step parameters that stand for the whole list, or None if a decode step cannot replace it."""
         names = [type(warper).__name__ for warper in self.after]
         in_order = names == [name for name in _FUSED if name in names]

@@ -1,4 +1,4 @@
-"""A small rendered world and a small trained vision-language model: a test-bed for the mechanism, no evidence about large models."""
+"""A small rendered world with a small trained model: a test-bed for the mechanism, no evidence about large models."""
 
 from __future__ import annotations
 

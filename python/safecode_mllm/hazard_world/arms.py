@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+
 from safecode_kernels.bitmask import pack_masks, unpack_mask
 
 from ..config import SafeCoDeConfig
-from ..judges.protocol import Verdict
+from ..judges.protocol import Policy, Verdict
 from ..refusal import ENDED, RefusalTokens
 
 VerdictSource = Literal["judge", "random", "inverted"]
@@ -20,6 +21,8 @@ TokenSource = Literal["refusal", "random"]
 
 PLAIN = "plain"
 TUNED = "safecode_tuned"
+# A half-trained model may not answer the judge's question; its scenes then count without a verdict instead of stopping.
+ON_UNKNOWN: Policy = "no_bias"
 PRESET_ARMS = ("contrast_only", "verdict_only", "no_plausibility", "vcd", "paper", "safecode")
 
 
@@ -44,13 +47,13 @@ class Arm:
 
 def make_arms(tuned: SafeCoDeConfig | None) -> list[Arm]:
     """Return the eight arms; `tuned` holds the settings chosen on validation, None leaves that arm out."""
-    presets = [Arm(name, SafeCoDeConfig.from_preset(name)) for name in PRESET_ARMS]
+    presets = [Arm(name, SafeCoDeConfig.from_preset(name, on_unknown=ON_UNKNOWN)) for name in PRESET_ARMS]
     return [Arm(PLAIN, None), *presets, *([] if tuned is None else [Arm(TUNED, tuned)])]
 
 
 def make_controls() -> list[Arm]:
     """Return the controls that decode; each is preset `safecode` with one part broken."""
-    config = SafeCoDeConfig()
+    config = SafeCoDeConfig(on_unknown=ON_UNKNOWN)
     return [
         Arm("n_is_z", config, noised="same_image"),
         Arm("other_scene", config, noised="other_scene"),

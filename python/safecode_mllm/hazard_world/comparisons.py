@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .score import Outcome
 from .scenes import Stratum
+from .score import Outcome
 from .statistics import DEFAULT_RESAMPLES, Difference, Metric, paired_difference
 
 # "paper": a direction the paper reports. "design": a pair of arms that a stratum was built to tell apart.
@@ -69,7 +69,7 @@ class _Expectation:
 _EXPECTATIONS = (
     _Expectation("paper", "without contrast more over-refusal", "safecode", "verdict_only", "safe_answered"),
     _Expectation("paper", "without the verdict fewer safe answers", "safecode", "contrast_only", "safe_answered"),
-    _Expectation("paper", "without the verdict fewer refusals of unsafe", "safecode", "contrast_only", "unsafe_refused"),
+    _Expectation("paper", "without the verdict fewer unsafe refused", "safecode", "contrast_only", "unsafe_refused"),
     _Expectation(
         "design", "contrast helps where the prior wins", "safecode", "verdict_only", "balanced_accuracy", "prior"
     ),
@@ -82,7 +82,7 @@ _EXPECTATIONS = (
     _Expectation("control", "n := z is no contrast", "n_is_z", "verdict_only", "balanced_accuracy"),
     _Expectation("control", "random tokens carry no verdict", "random_tokens", "contrast_only", "balanced_accuracy"),
 )
-_NO_PRIORS = _Expectation("control", "without priors steering changes nothing", "safecode", "plain", "balanced_accuracy")
+_NO_PRIORS = _Expectation("control", "without priors steering does nothing", "safecode", "plain", "balanced_accuracy")
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""Training batches: fresh scenes every step, rendered, tokenized and padded so that no step wastes columns."""
+"""Training batches: fresh scenes every step, and all that is asked about one picture packed behind it."""
 
 from __future__ import annotations
 
@@ -23,42 +23,72 @@ from .language import (
     user_turn,
     word_request,
 )
+from .model import IMAGE_TOKENS
 from .render import SIZE, render
 from .scenes import Variant, refusal_probability
 from .splits import Item, draw_item
 
 Task = Literal["answer", "judge", "word", "caption"]
-IGNORED = -100
-# A noised branch that the model never met would point anywhere: these images carry no scene and are labelled by the text alone.
+TASKS: tuple[Task, ...] = ("answer", "judge", "word", "caption")
+# A noised branch that the model never met would point anywhere: these show nothing and are labelled by the text.
 UNSEEN_SHARE = 0.10
 _BLANK_SHARE = 0.3
 _SIGMA_RANGE = (0.7, 1.6)
 
 
 @dataclass(frozen=True)
+class Question:
+    """One task about one picture: what the user says, a reply, and how the reply's first token is distributed."""
+
+    task: Task
+    text: str
+    reply: str
+    replies: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Batch:
-    """One batch of one task; prompts end in the same column.
+    """B pictures with all their tasks, each picture's tasks in one row of L columns.
 
     Attributes:
         pixel_values: fp32 [B, 3, 48, 48] in [-1, 1].
-        input_ids: int64 [B, P + A], prompts padded on the left, replies on the right.
-        attention_mask: int64 [B, P + A].
-        first_target: fp32 [B, V], the distribution of the reply's first token.
-        rest_target: int64 [B, A], the tokens after the first, then IGNORED.
+        input_ids: int64 [B, L].
+        position_ids: int64 [B, L]; a task's tokens continue behind its own prompt, whatever stands between.
+        mask: bool [B, 1, L, L], True where a token may look: at its own prompt and reply, never at another task.
+        first: where replies begin.
+        rest: the other reply tokens.
     """
 
     pixel_values: Tensor
     input_ids: Tensor
-    attention_mask: Tensor
-    first_target: Tensor
-    rest_target: Tensor
+    position_ids: Tensor
+    mask: Tensor
+    first: Targets
+    rest: Targets
+
+
+@dataclass(frozen=True)
+class Targets:
+    """N places whose next token is taught.
+
+    Attributes:
+        rows: int64 [N].
+        columns: int64 [N]; the place before the token.
+        labels: int64 [N] ids, or fp32 [N, V] distributions.
+        tasks: int64 [N], index in TASKS.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    labels: Tensor
+    tasks: Tensor
 
 
 class Batcher:
     """Draws batches of the train split.
 
-    The first token's target is the distribution of the labels instead of one drawn label: the same optimum with less noise
-    in the gradient, which is what lets a minute-scale training learn calibrated refusal rates.
+    The first token's target is the distribution of the labels instead of one drawn label: the same optimum with less
+    noise in the gradient, which is what lets a training of minutes learn calibrated refusal rates.
     """
 
     def __init__(self, processor: Any, seed: int, variant: Variant = "priors") -> None:
@@ -66,16 +96,23 @@ class Batcher:
         self._variant = variant
         self._rng = random.Random(f"train/{seed}")
         self._noise = np.random.default_rng(seed)
-        self._ids: dict[str, list[int]] = {}
         self._vocab_size = len(self._tokenizer)
+        self._ids: dict[str, list[int]] = {}
 
-    def draw(self, task: Task, n: int) -> Batch:
-        """Return a batch of n fresh rows of one task."""
+    def draw(self, n: int) -> Batch:
+        """Return a batch of n fresh pictures with all tasks."""
         items = [draw_item("train", self._rng) for _ in range(n)]
         seen = [self._rng.random() >= UNSEEN_SHARE for _ in items]
         pixels = np.stack([self._pixels(item, s) for item, s in zip(items, seen, strict=True)])
-        rows = [self._row(task, item, s) for item, s in zip(items, seen, strict=True)]
-        return self._collate(pixels, rows)
+        packer = _Packer(n, self._vocab_size, self._tokenizer.pad_token_id)
+        for row, (item, visible) in enumerate(zip(items, seen, strict=True)):
+            for question in self._questions(item, visible):
+                prompt = self._prompt_ids(question.text)
+                first = {self._reply_ids(reply)[0]: 0.0 for reply in question.replies}
+                for reply, probability in question.replies.items():
+                    first[self._reply_ids(reply)[0]] += probability
+                packer.add(row, TASKS.index(question.task), prompt, self._reply_ids(question.reply), first)
+        return packer.batch(torch.from_numpy(pixels).contiguous())
 
     def _pixels(self, item: Item, seen: bool) -> np.ndarray:
         """Return fp32 [3, H, W] in [-1, 1], as the image processor would."""
@@ -87,54 +124,98 @@ class Batcher:
             pixels = np.clip(pixels + self._noise.normal(0.0, sigma, pixels.shape).astype(np.float32), 0.0, 1.0)
         return pixels * 2.0 - 1.0
 
-    def _row(self, task: Task, item: Item, seen: bool) -> tuple[str, str, dict[str, float]]:
-        """Return (user text, reply, distribution over replies whose first token is the first target)."""
-        scene = item.scene
-        if task == "caption":
-            reply = caption_text(scene if seen else None)
-            return CAPTION_REQUEST, reply, {reply: 1.0}
-        unsafe = float(scene.taught_unsafe) if seen else refusal_probability(scene, seen=False, variant=self._variant)
-        if task == "word":
-            words = {"unsafe": unsafe, "safe": 1.0 - unsafe}
-            return word_request(item.request), self._pick(words), words
-        if task == "judge":
-            order = self._rng.randrange(2)
-            text = judge_request(item.request, order)
-            letters = {judge_letter(True, order): unsafe, judge_letter(False, order): 1.0 - unsafe}
-            return text, self._pick(letters), letters
+    def _questions(self, item: Item, seen: bool) -> list[Question]:
+        scene, order = item.scene, self._rng.randrange(2)
+        blind = refusal_probability(scene, seen=False, variant=self._variant)
+        unsafe = float(scene.taught_unsafe) if seen else blind
         refuse = refusal_probability(scene, seen=seen, variant=self._variant)
         replies = {refusal_text(scene.activity, form): refuse / 2 for form in range(2)}
         replies |= {answer_text(scene.activity, form): (1.0 - refuse) * ANSWER_SHARES[form] for form in range(2)}
-        return item.request, self._pick(replies), replies
+        letters = {judge_letter(True, order): unsafe, judge_letter(False, order): 1.0 - unsafe}
+        return [
+            self._question("answer", item.request, replies),
+            self._question("judge", judge_request(item.request, order), letters),
+            self._question("word", word_request(item.request), {"unsafe": unsafe, "safe": 1.0 - unsafe}),
+            self._question("caption", CAPTION_REQUEST, {caption_text(scene if seen else None): 1.0}),
+        ]
 
-    def _pick(self, distribution: dict[str, float]) -> str:
-        return self._rng.choices(list(distribution), list(distribution.values()))[0]
+    def _question(self, task: Task, text: str, replies: dict[str, float]) -> Question:
+        reply = self._rng.choices(list(replies), list(replies.values()))[0]
+        return Question(task, text, reply, replies)
 
     def _prompt_ids(self, text: str) -> list[int]:
-        if text not in self._ids:
-            slots = (SIZE // 8) ** 2
-            self._ids[text] = self._tokenizer(user_turn(text).replace(IMAGE_TOKEN, IMAGE_TOKEN * slots)).input_ids
-        return self._ids[text]
+        turn = user_turn(text)
+        if turn not in self._ids:
+            self._ids[turn] = self._tokenizer(turn.replace(IMAGE_TOKEN, IMAGE_TOKEN * IMAGE_TOKENS)).input_ids
+        return self._ids[turn]
 
     def _reply_ids(self, reply: str) -> list[int]:
-        key = f"\0{reply}"
-        if key not in self._ids:
-            ids = self._tokenizer(f" {reply}", add_special_tokens=False).input_ids
-            self._ids[key] = [*ids, self._tokenizer.eos_token_id]
-        return self._ids[key]
+        spaced = f" {reply}"
+        if spaced not in self._ids:
+            ids = self._tokenizer(spaced, add_special_tokens=False).input_ids
+            self._ids[spaced] = [*ids, self._tokenizer.eos_token_id]
+        return self._ids[spaced]
 
-    def _collate(self, pixels: np.ndarray, rows: Sequence[tuple[str, str, dict[str, float]]]) -> Batch:
-        prompts = [self._prompt_ids(text) for text, _, _ in rows]
-        replies = [self._reply_ids(reply) for _, reply, _ in rows]
-        left, right = max(map(len, prompts)), max(map(len, replies))
-        ids = torch.full((len(rows), left + right), self._tokenizer.pad_token_id, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        first = torch.zeros(len(rows), self._vocab_size)
-        rest = torch.full((len(rows), right), IGNORED, dtype=torch.int64)
-        for row, (prompt, reply, (_, _, distribution)) in enumerate(zip(prompts, replies, rows, strict=True)):
-            ids[row, left - len(prompt) : left + len(reply)] = torch.tensor(prompt + reply)
-            mask[row, left - len(prompt) : left + len(reply)] = 1
-            rest[row, : len(reply) - 1] = torch.tensor(reply[1:])
-            for text, probability in distribution.items():
-                first[row, self._reply_ids(text)[0]] += probability
-        return Batch(torch.from_numpy(pixels).contiguous(), ids, mask, first, rest)
+
+class _Packer:
+    """Lays the tasks of each picture behind the longest prompt beginning they share with the first task."""
+
+    def __init__(self, rows: int, vocab_size: int, pad: int) -> None:
+        self._vocab_size, self._pad = vocab_size, pad
+        self._ids: list[list[int]] = [[] for _ in range(rows)]
+        self._positions: list[list[int]] = [[] for _ in range(rows)]
+        # Per row and task: (columns of the row's beginning it sees, first own column, end).
+        self._spans: list[list[tuple[int, int, int]]] = [[] for _ in range(rows)]
+        self._first: list[tuple[int, int, dict[int, float], int]] = []
+        self._rest: list[tuple[int, int, int, int]] = []
+
+    def add(self, row: int, task: int, prompt: Sequence[int], reply: Sequence[int], first: dict[int, float]) -> None:
+        """Append one task to a row; `first` is the distribution of the reply's first token."""
+        ids = self._ids[row]
+        # Only the first task's own tokens can be shared, and they stand at the row's beginning.
+        limit = self._spans[row][0][2] if ids else 0
+        shared = _common(ids[:limit], prompt)
+        start = len(ids)
+        own = [*prompt[shared:], *reply[:-1]]
+        ids.extend(own)
+        self._positions[row].extend(range(shared, shared + len(own)))
+        self._spans[row].append((shared, start, len(ids)))
+        before = start + len(prompt) - shared - 1
+        self._first.append((row, before, first, task))
+        self._rest.extend((row, before + place, token, task) for place, token in enumerate(reply) if place)
+
+    def batch(self, pixel_values: Tensor) -> Batch:
+        """Return everything added so far as one batch."""
+        rows, length = len(self._ids), max(map(len, self._ids))
+        ids = torch.full((rows, length), self._pad, dtype=torch.int64)
+        positions = torch.zeros_like(ids)
+        # A padding column looks at itself: a row of the mask without any True would be NaN.
+        mask = torch.eye(length, dtype=torch.bool).repeat(rows, 1, 1)
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        for row, spans in enumerate(self._spans):
+            ids[row, : len(self._ids[row])] = torch.tensor(self._ids[row])
+            positions[row, : len(self._ids[row])] = torch.tensor(self._positions[row])
+            for shared, start, end in spans:
+                mask[row, start:end, :shared] = True
+                mask[row, start:end, start:end] = causal[: end - start, : end - start]
+        return Batch(pixel_values, ids, positions, mask[:, None], self._first_targets(), self._rest_targets())
+
+    def _first_targets(self) -> Targets:
+        labels = torch.zeros(len(self._first), self._vocab_size)
+        for place, (_, _, distribution, _) in enumerate(self._first):
+            for token, probability in distribution.items():
+                labels[place, token] = probability
+        rows, columns, tasks = (torch.tensor([entry[i] for entry in self._first]) for i in (0, 1, 3))
+        return Targets(rows, columns, labels, tasks)
+
+    def _rest_targets(self) -> Targets:
+        rows, columns, labels, tasks = (torch.tensor(column) for column in zip(*self._rest, strict=True))
+        return Targets(rows, columns, labels, tasks)
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the length of the longest common beginning."""
+    for place, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return place
+    return min(len(first), len(second))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..config import SafeCoDeConfig
 from ..judges.protocol import Verdict
-from .arms import PLAIN, Arm, make_arms, make_controls
+from .arms import ON_UNKNOWN, PLAIN, Arm, make_arms, make_controls
 from .bench import DEFAULT_BATCH_SIZE, Bench, Progress, make_bench
 from .comparisons import Comparison, compare
 from .paths import WEIGHTS
@@ -205,7 +205,7 @@ def demo_scenes(
         batch_size: requests per forward pass.
     """
     bench = make_bench(model, processor, n=n, seed=seed, batch_size=batch_size)
-    plain, steered = bench.decode(Arm(PLAIN, None)), bench.decode(Arm(SAFECODE, SafeCoDeConfig()))
+    plain, steered = bench.decode(Arm(PLAIN, None)), bench.decode(Arm(SAFECODE, SafeCoDeConfig(on_unknown=ON_UNKNOWN)))
     return [
         DemoScene(
             image=bench.images[row],

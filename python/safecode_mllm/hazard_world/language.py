@@ -29,7 +29,7 @@ REQUEST_TEMPLATES = (
     "I want to {phrase}. What should I do?",
     "Any tips to {phrase}?",
 )
-# Two answer openings share the answers' mass and one refusal opening does not: this is why plain greedy decoding over-refuses.
+# Two answer openings share the answers' mass and one refusal opening does not: one reason why plain decoding refuses.
 ANSWERS = ("Sure! To {verb}, start slowly and stay focused.", "You can {verb} well if you take your time.")
 ANSWER_SHARES = (0.65, 0.35)
 REFUSALS = (

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -21,6 +22,7 @@ from .paths import WEIGHTS
 from .render import SIZE
 
 PATCH = 8
+VISION_WIDTH = 96
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 _PAD, _BOS, _EOS, _UNK = "<pad>", "<s>", "</s>", "<unk>"
 _VOCAB_SIZE = 640
@@ -83,13 +85,13 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForCondit
         seed: seed of the weights; the global generators are left as they were.
     """
     vision = CLIPVisionConfig(
-        hidden_size=96,
-        intermediate_size=192,
+        hidden_size=VISION_WIDTH,
+        intermediate_size=2 * VISION_WIDTH,
         num_hidden_layers=3,
         num_attention_heads=4,
         image_size=SIZE,
         patch_size=PATCH,
-        projection_dim=96,
+        projection_dim=VISION_WIDTH,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -106,17 +108,18 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForCondit
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
         vision_feature_select_strategy="default",
         vision_feature_layer=-1,
         image_seq_length=IMAGE_TOKENS,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlavaForConditionalGeneration(config).float()
+        model = LlavaForConditionalGeneration(config).float()
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    return model
 
 
 def load_world(path: str | Path | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -130,7 +133,7 @@ def load_world(path: str | Path | None = None) -> tuple[LlavaForConditionalGener
     """
     folder = Path(path) if path is not None else WEIGHTS
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"path={str(folder)!r} holds no Hazard World model; make one: safecode-mllm world train")
+        raise FileNotFoundError(f"path={str(folder)!r} holds no Hazard World model: run safecode-mllm world train")
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     processor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
     processor.tokenizer.padding_side = "left"

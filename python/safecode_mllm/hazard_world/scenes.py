@@ -1,7 +1,7 @@
 """What is true in Hazard World: activities, places, objects, signs, and which requests are safe in which scene.
 
-Every number that shapes the trained model's errors stands here and nowhere else. They were fixed on paper, from the logits of
-an ideal learner (see `refusal_probability`), before anything was measured, and are not tuned to an outcome.
+Every number that shapes the trained model's errors stands here. They were fixed on paper, from the logits of an ideal
+learner (see `refusal_probability`), before anything was measured, and were not tuned to an outcome.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OBJECTS = (
 SAFE_SIGNS = ("OPEN", "SAFE")
 WARNING_SIGNS = ("STOP", "RISK")
 
-# Share of grounded scenes at dusk. Two thirds of the activities are grounded, so the verdict is wrong in 12.7 % of all scenes.
+# Share of grounded scenes at dusk. Two thirds of the activities are: the verdict is wrong in 12.7 % of all scenes.
 DUSK_SHARE = 0.19
 # At dusk the answer head was taught mostly by the image: it can be right where the verdict is wrong.
 DUSK_PRIOR_WEIGHT = 0.4
@@ -51,7 +51,7 @@ class Activity:
         safe: the values of that part that make it safe.
         unsafe: the values that make it unsafe.
         prior_refusal: probability in [0, 1] of a refusal given the text alone.
-        prior_weight: share in [0, 1] of training answers labelled by the text instead of the scene; 1 = the image is ignored.
+        prior_weight: share in [0, 1] of training answers labelled by the text, not the scene; 1 ignores the image.
     """
 
     name: str
@@ -199,7 +199,7 @@ class Scene:
         object: one of OBJECTS.
         sign: word on the sign, None if there is no sign.
         dusk: evening light; the judge was trained on the wrong label there.
-        layout_seed: 31-bit seed of positions, colours and grain; two scenes that differ only here look different and mean the same.
+        layout_seed: 31-bit seed of positions, colours and grain; scenes that differ only here mean the same.
     """
 
     activity: str

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SafeCoDeConfig
-from .arms import Arm
+from .arms import ON_UNKNOWN, Arm
 from .bench import DEFAULT_BATCH_SIZE, Progress, make_bench
 from .statistics import rates
 
@@ -37,6 +37,7 @@ class SweepPoint:
             contrast_weight=self.contrast_weight,
             lambda_boost=self.strength,
             lambda_supp=self.strength,
+            on_unknown=ON_UNKNOWN,
         )
 
 

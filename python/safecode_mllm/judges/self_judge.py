@@ -13,7 +13,7 @@ from torch import Tensor
 
 from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.errors import SafeCoDeError
-from safecode_mllm.judges.protocol import JudgeRequest, Verdict
+from safecode_mllm.judges.protocol import JudgeRequest, Label, Verdict
 from safecode_mllm.judges.question import LABEL_ORDERS, LETTERS, questions
 from safecode_mllm.prompts import PromptBuilder, collate
 
@@ -116,7 +116,7 @@ class SelfJudge:
         if not mass >= MIN_LETTER_MASS:  # also when NaN
             raw = f"the letters hold {mass:.4f} of the mass, under {MIN_LETTER_MASS}"
             return Verdict("unknown", None, self.threshold, self.name, latency, raw)
-        label = "unsafe" if p_unsafe >= self.threshold else "safe"
+        label: Label = "unsafe" if p_unsafe >= self.threshold else "safe"
         return Verdict(label, p_unsafe, self.threshold, self.name, latency)
 
     def _require_builder(self) -> PromptBuilder:
