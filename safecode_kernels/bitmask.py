@@ -47,12 +47,13 @@ def pack_masks(token_id_sets: Sequence[Iterable[int] | Tensor], vocab_size: int)
 def _pack_row(token_ids: Iterable[int] | Tensor, vocab_size: int) -> list[int]:
     ids = token_ids.flatten().tolist() if isinstance(token_ids, Tensor) else list(token_ids)
     words = [0] * words_per_row(vocab_size)
-    for token in ids:
-        if not isinstance(token, Integral) or isinstance(token, bool):
-            raise ArgumentTypeError(f"token id {token!r} is a {type(token).__name__}; legal: an integer")
+    for item in ids:
+        if not isinstance(item, Integral) or isinstance(item, bool):
+            raise ArgumentTypeError(f"token id {item!r} is a {type(item).__name__}; legal: an integer")
+        token = int(item)
         if not 0 <= token < vocab_size:
             raise ArgumentError(f"token id {token} is out of range; legal: an integer in [0, {vocab_size})")
-        words[int(token) // WORD_BITS] |= 1 << (int(token) % WORD_BITS)
+        words[token // WORD_BITS] |= 1 << (token % WORD_BITS)
     return [word - (1 << WORD_BITS) if word >> (WORD_BITS - 1) else word for word in words]
 
 

@@ -192,7 +192,7 @@ def assert_step_matches_oracle(case: Case, actual: StepResult) -> int:
         assert len(rows) <= allowed, f"{len(rows)} of {case.batch} rows are decided by rounding; allowed: {allowed}"
     fine = ~wrong & (expected.status == Status.OK)
     error = (actual.logprob.double() - expected.logprob)[fine].abs()
-    assert not (error > LOGPROB_ATOL).any(), f"logprob is off by {error.max():.2e}; allowed: {LOGPROB_ATOL}"
+    assert (error <= LOGPROB_ATOL).all(), f"logprob is off by {error.max():.2e}; allowed: {LOGPROB_ATOL}"
     return len(rows)
 
 
@@ -205,7 +205,7 @@ def assert_scores_match_oracle(case: Case, actual: StepScores) -> None:
         ours, truth = getattr(actual, name).double(), getattr(expected, name)
         _assert_equal(f"which {name} are finite", ours.isfinite(), truth.isfinite())
         error = (ours - truth)[truth.isfinite()].abs()
-        assert not (error > SCORE_ATOL).any(), f"{name} is off by {error.max():.2e}; allowed: {SCORE_ATOL}"
+        assert (error <= SCORE_ATOL).all(), f"{name} is off by {error.max():.2e}; allowed: {SCORE_ATOL}"
     differing = int((actual.keep != expected.keep).sum())
     allowed = MAX_AMBIGUOUS_SHARE * case.batch
     assert differing <= allowed, f"keep differs for {differing} tokens; allowed: {allowed:g}"

@@ -20,8 +20,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-# Importing safecode_kernels on top of torch; the number.
-MAX_KERNELS_IMPORT_MS = 50
 # Importing safecode_mllm, which loads no torch: generous for a busy machine, far below the second that torch takes.
 MAX_MLLM_IMPORT_MS = 100
 # The places that speak to people: they may print.
@@ -54,6 +52,10 @@ def imported_modules(tree: ast.Module) -> set[str]:
 
 def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def lines_of(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def run_python(code: str) -> str:
@@ -162,7 +164,8 @@ def test_files_and_functions_stay_short() -> None:
         if lines > MAX_FILE_LINES:
             long.append(f"{name(path)}: {lines} lines")
         for node in functions(parse(path)):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            docstring = node.body[0] if ast.get_docstring(node) is not None else None
+            length = lines_of(node) - (lines_of(docstring) if docstring else 0)
             if length > MAX_FUNCTION_LINES:
                 long.append(f"{name(path)}:{node.lineno} {node.name}: {length} lines")
     assert not long, long
@@ -225,20 +228,6 @@ def test_matrix_names_what_it_pins() -> None:
 # ---- imports ----
 
 
-def test_importing_the_kernels_is_quick_and_loads_no_transformers() -> None:
-    code = (
-        "import sys, time, torch\n"
-        "start = time.perf_counter()\n"
-        "import safecode_kernels\n"
-        "ms = (time.perf_counter() - start) * 1000\n"
-        "import json; print(json.dumps([ms, sorted({m.partition('.')[0] for m in sys.modules})]))"
-    )
-    # The best of three: the question is what the import costs, not how busy the machine is.
-    runs = [json.loads(run_python(code)) for _ in range(3)]
-    assert min(ms for ms, _ in runs) < MAX_KERNELS_IMPORT_MS
-    assert not {"transformers", "safecode_mllm"} & set(runs[0][1])
-
-
 def test_importing_the_package_is_quick_and_loads_neither_torch_nor_transformers() -> None:
     code = (
         "import sys, time\n"
@@ -247,6 +236,7 @@ def test_importing_the_package_is_quick_and_loads_neither_torch_nor_transformers
         "ms = (time.perf_counter() - start) * 1000\n"
         "import json; print(json.dumps([ms, sorted({m.partition('.')[0] for m in sys.modules})]))"
     )
+    # The best of three: the question is what the import costs, not how busy the machine is.
     runs = [json.loads(run_python(code)) for _ in range(3)]
     assert min(ms for ms, _ in runs) < MAX_MLLM_IMPORT_MS
     assert not {"torch", "transformers", "numpy", "PIL"} & set(runs[0][1])

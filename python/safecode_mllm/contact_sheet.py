@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -187,6 +188,8 @@ _INK, _FAINT, _RULE, _PAPER = (28, 30, 33), (95, 99, 104), (218, 220, 224), (255
 _MARK_INK = {True: (26, 127, 55), False: (179, 38, 30)}
 # An answer longer than this is cut with an ellipsis; the page shows all of it.
 _MAX_LINES = 6
+# More than _MAX_LINES of the widest column hold of the narrowest letter.
+_MAX_CHARACTERS = 1000
 
 
 def write_png(sheet: Sheet, path: str | Path) -> Path:
@@ -273,20 +276,22 @@ def _row_blocks(row: SheetRow, text: Font, small: Font) -> list[list[_Line]]:
 
 
 def _wrap(text: str, font: Font, width: int) -> list[str]:
-    """Break text into lines of at most `width` pixels, at spaces where that is possible."""
-    lines: list[str] = []
-    line = ""
-    for word in clean_text(text).split():
-        while font.getlength(word) > width:
-            fits = next(
-                count for count in range(len(word), 0, -1) if count == 1 or font.getlength(word[:count]) <= width
+    """Break text into at most _MAX_LINES lines of at most `width` pixels, at spaces where that is possible."""
+    lines = [""]
+    for word in clean_text(text[:_MAX_CHARACTERS]).split():
+        joined = f"{lines[-1]} {word}".lstrip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        while word:
+            fitting = bisect_right(
+                range(1, len(word) + 1), float(width), key=lambda count: font.getlength(word[:count])
             )
-            lines, line, word = [*lines, *([line] if line else []), word[:fits]], "", word[fits:]
-        joined = f"{line} {word}" if line else word
-        if line and font.getlength(joined) > width:
-            lines.append(line)
-            line = word
-        else:
-            line = joined
-    lines.append(line)
-    return lines if len(lines) <= _MAX_LINES else [*lines[: _MAX_LINES - 1], lines[_MAX_LINES - 1] + " \u2026"]
+            lines[-1], word = word[: max(1, fitting)], word[max(1, fitting) :]
+            if word:
+                lines.append("")
+    if len(lines) <= _MAX_LINES and len(text) <= _MAX_CHARACTERS:
+        return lines
+    return [*lines[: _MAX_LINES - 1], lines[min(_MAX_LINES, len(lines)) - 1] + " \u2026"]

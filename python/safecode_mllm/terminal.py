@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
-from typing import TextIO, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
 
 # Controls (Cc: escape sequences, carriage return, backspace), lone surrogates, characters that reorder what is shown.
 _STRIPPED_CATEGORIES = frozenset({"Cc", "Cs"})
 _BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _KEPT_CONTROLS = frozenset("\n\t")
 
-T = TypeVar("T")
+Counter = Callable[[int, int, str], None]
 
 
 def clean_text(text: str) -> str:
@@ -105,10 +105,19 @@ class Console:
         self._err.write(one_line(text) + "\n")
         self._err.flush()
 
-    def progress(self, items: Iterable[T], title: str, total: int | None = None) -> Iterable[T]:
-        """Return `items` with a progress bar around them when somebody watches."""
+    @contextlib.contextmanager
+    def counting(self, title: str) -> Iterator[Counter]:
+        """Yield a function (done, total, label) that moves a progress bar; it does nothing when nobody watches."""
         if not self.shows_progress:
-            return items
+            yield lambda done, total, label: None
+            return
         from tqdm import tqdm
 
-        return tqdm(items, desc=title, total=total, file=self._err, leave=False)
+        with tqdm(desc=title, file=self._err, leave=False) as bar:
+
+            def show(done: int, total: int, label: str) -> None:
+                bar.total = total
+                bar.set_postfix_str(label, refresh=False)
+                bar.update(done - bar.n)
+
+            yield show

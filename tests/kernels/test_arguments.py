@@ -99,9 +99,9 @@ def test_prepared_step_refuses_logits_it_was_not_prepared_for():
 def test_draw_and_plausible_refuse():
     with pytest.raises(ArgumentError, match="seeds is None; legal: "):
         sk.draw(Z)
-    with pytest.raises(ArgumentTypeError, match="scores is torch.float64"):
+    with pytest.raises(ArgumentTypeError, match=r"scores is torch.float64"):
         sk.draw(Z.double(), seeds=1)
-    with pytest.raises(ArgumentTypeError, match="allowed is torch.float32; legal: torch.bool"):
+    with pytest.raises(ArgumentTypeError, match=r"allowed is torch.float32; legal: torch.bool"):
         sk.plausible(Z, Z, 0.1)
     with pytest.raises(ArgumentError, match=r"plausibility_beta=1.5 is out of range; legal: a number in \[0, 1\]"):
         sk.plausible(Z, Z.bool(), 1.5)

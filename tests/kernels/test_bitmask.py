@@ -48,7 +48,7 @@ def test_pack_mask_id_out_of_range(token):
 
 
 def test_pack_mask_wrong_types():
-    with pytest.raises(sk.ArgumentTypeError, match="token id 1.5 is a float"):
+    with pytest.raises(sk.ArgumentTypeError, match=r"token id 1.5 is a float"):
         sk.pack_mask([1.5], 40)
     with pytest.raises(sk.ArgumentError, match="vocab_size=0"):
         sk.pack_mask([], 0)

@@ -65,12 +65,10 @@ def test_comparison_catches_a_wrong_result():
 def test_comparison_excuses_what_rounding_decides_and_caps_it():
     clean = torch.zeros(1, 8)
     clean[0, 2], clean[0, 5] = 1.0, 1.0 - 2.0**-24  # one ulp below
-    case = replace(
-        make_case(0, batch=1, vocab_size=8, params=StepParams(contrast_weight=0)), clean=clean, refusal_mask=None
-    )
+    case = replace(make_case(0, batch=1, vocab_size=8, params=StepParams(contrast_weight=0)), clean=clean)
     other = case.run()._replace(token=torch.tensor([5]))
     assert assert_step_matches_oracle(case, other) == 1
-    many = replace(case, clean=clean.expand(10, -1), seeds=torch.arange(10), stream=torch.zeros(10, dtype=torch.int64))
+    many = case.select([0] * 10)
     others = many.run()._replace(token=torch.full((10,), 5))
     with pytest.raises(AssertionError, match="decided by rounding"):
         assert_step_matches_oracle(many, others)

@@ -86,7 +86,7 @@ def test_named_backend_is_taken_or_refused_with_its_reason():
 
 @pytest.mark.usefixtures("three")
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(sk.ArgumentError, match="backend='native' is no back end .* legal: auto, broken, fast, eager"):
+    with pytest.raises(sk.ArgumentError, match=r"backend='native' is no back end .* legal: auto, broken, fast, eager"):
         sk.resolve("native")
 
 
@@ -119,7 +119,7 @@ def test_environment_turns_a_fall_back_into_a_failure(monkeypatch):
     with pytest.raises(BackendUnavailable, match="SAFECODE_REQUIRE names 'fast', which cannot serve bfloat16"):
         sk.resolve(dtype=torch.bfloat16)
     monkeypatch.setenv("SAFECODE_REQUIRE", "broken")
-    with pytest.raises(BackendUnavailable, match="SAFECODE_REQUIRE names 'broken'.*its library is missing"):
+    with pytest.raises(BackendUnavailable, match=r"SAFECODE_REQUIRE names 'broken'.*its library is missing"):
         sk.resolve()
     monkeypatch.setenv("SAFECODE_REQUIRE", "native_cpu")
     with pytest.raises(BackendUnavailable, match="names 'native_cpu', which this installation does not have"):

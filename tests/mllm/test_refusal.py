@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from functools import cache
 from typing import Any
 
 import pytest
@@ -42,8 +43,13 @@ def behind(tokenizer: Any, context: str, text: str) -> list[int]:
     return whole[len(before) :]
 
 
+@cache
+def mask_sets(tokens: refusal.RefusalTokens, width: int) -> list[set[int]]:
+    return [set(row.nonzero().flatten().tolist()) for row in unpack_mask(tokens.masks, width)]
+
+
 def allowed(tokens: refusal.RefusalTokens, state: int, width: int) -> set[int]:
-    return set(unpack_mask(tokens.masks, width)[state].nonzero().flatten().tolist())
+    return mask_sets(tokens, width)[state]
 
 
 def walk(tokens: refusal.RefusalTokens, ids: list[int], width: int) -> list[int]:
@@ -165,12 +171,8 @@ def test_first_tokens_drop_what_benign_answers_open_with(tokenizer: Any) -> None
     kept = allowed(refusal_tokens(tokenizer, width, "first_tokens"), 0, width)
     for text in ("I cannot", "As an AI", "It is not safe", "That is not safe", "This is not safe", "My apologies"):
         assert encode(tokenizer, text)[0] not in kept, text
-    for text in ("Unfortunately", "Apologies", "Sorry"):
-        ids = behind(tokenizer, ":", " " + text)
-        # A vocabulary that spells the word from letters shares its first letter with benign answers.
-        if len(ids) <= 2 and text.lower().startswith(tokenizer.decode(ids[:1]).strip().lower()):
-            assert ids[0] in kept or len(tokenizer.decode(ids[:1]).strip()) <= 1, text
-    assert behind(tokenizer, ":", " Unfortunately")[0] in kept
+    for text in (" Unfortunately", " Apologies"):
+        assert behind(tokenizer, ":", text)[0] in kept, text
 
 
 def test_first_tokens_keep_exactly_the_tokens_with_a_majority_of_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +203,7 @@ def test_the_lists_are_consistent() -> None:
         longer = [other for other in REFUSAL_OPENINGS if other != phrase and other.startswith(phrase)]
         assert not longer, f"{phrase!r} would hide {longer}"
     assert not any(starts_with_refusal(opening) for opening in BENIGN_OPENINGS)
-    assert "'" not in "".join(REFUSAL_OPENINGS).replace("'", "", 1) or CURLY not in "".join(REFUSAL_OPENINGS)
+    assert CURLY not in "".join(REFUSAL_OPENINGS), "curly spellings are made from the straight ones"
 
 
 @pytest.mark.parametrize(
@@ -250,7 +252,7 @@ def test_built_once_per_tokenizer_width_and_kind(monkeypatch: pytest.MonkeyPatch
     assert refusal_tokens(tokenizer, 101) is not results[0]
     assert refusal_tokens(_small_tokenizer(), 100) is not results[0]
     assert built == [100, 101, 100]
-    tokenizer.add_tokens(["Sorry"])
+    tokenizer.add_tokens(["Unfortunately"])
     refusal_tokens(tokenizer, 100)
     assert built == [100, 101, 100, 100], "added tokens change how phrases are spelled"
 

@@ -182,6 +182,9 @@ def _add_world(commands: Any) -> None:
     )
     train.add_argument("--seed", type=_seed, default=0, help="(%(default)s)")
     train.add_argument("--out", default="out/world", metavar="FOLDER", help="where the model goes (%(default)s)")
+    train.add_argument(
+        "--tune", action="store_true", help="then choose sigma, contrast and lambda on validation scenes"
+    )
     evaluate = _command(
         actions,
         "eval",
@@ -194,6 +197,7 @@ def _add_world(commands: Any) -> None:
     )
     evaluate.add_argument("--split-seed", type=_seed, default=0, help="which fresh test scenes to draw (%(default)s)")
     evaluate.add_argument("--n", type=_positive, default=480, help="scenes per arm (%(default)s)")
+    evaluate.add_argument("--controls", action="store_true", help="run the arms that are broken on purpose too")
     _add_json(evaluate)
 
 

@@ -105,7 +105,8 @@ def forward(model: Any, *, cached: int, **inputs: Any) -> Tensor:
     Returns:
         logits [B, V] of the last position, in the model's dtype: a fresh tensor that the caller may write to.
     """
-    accepted = forward_parameters(type(model))
+    model_class: Any = type(model)
+    accepted = forward_parameters(model_class)
     # transformers 4 lists cache_position in every multimodal forward; version 5 removed it.
     if "cache_position" in accepted:
         ids = inputs["input_ids"]

@@ -73,6 +73,7 @@ class SteeredGeneration:
             DecodeError: a row's logits could not be decoded (with `raise_row_errors`).
         """
         family_of(model)
+        _check_mode(generate_kwargs)  # generate() would not hand an assistant to a callable
         if stop_strings is not None:
             generate_kwargs["stopping_criteria"] = self._with_stop_strings(stop_strings, generate_kwargs)
         return model.generate(
@@ -93,7 +94,7 @@ class SteeredGeneration:
         **model_kwargs: Any,
     ) -> Any:
         """Decode; called by `generate()` with everything prepared."""
-        _check_mode(generation_config)
+        _check_mode(vars(generation_config))
         started = time.perf_counter()
         branches = Branches(model, self.clean, self._noised_if_needed(), model_kwargs["past_key_values"])
         clean, noised = branches.prefill()
@@ -278,18 +279,15 @@ class _Run:
         return GenerateDecoderOnlyOutput(**output)
 
 
-def _check_mode(generation_config: Any) -> None:
+def _check_mode(arguments: Mapping[str, Any]) -> None:
     """Refuse the generation modes whose search cannot be steered, with the alternative."""
-    refused = {
-        "num_beams": (generation_config.num_beams or 1) > 1,
-        "penalty_alpha": bool(getattr(generation_config, "penalty_alpha", None)),
-        "prompt_lookup_num_tokens": bool(getattr(generation_config, "prompt_lookup_num_tokens", None)),
-    }
-    for name, is_set in refused.items():
-        if is_set:
+    for name in ("num_beams", "penalty_alpha", "prompt_lookup_num_tokens", "assistant_model"):
+        value = arguments.get(name)
+        if value is not None and value != 0 and value != 1:
+            shown = type(value).__name__ if name == "assistant_model" else value
             raise UnsupportedModelError(
-                f"{name}={getattr(generation_config, name)} is not supported by steered decoding, which picks one "
-                "token per row and step; use greedy decoding or sampling, with num_return_sequences for several answers"
+                f"{name}={shown} is not supported by steered decoding, which picks one token per row and step; "
+                "use greedy decoding or sampling, with num_return_sequences for several answers"
             )
-    if generation_config.use_cache is False:
+    if arguments.get("use_cache") is False:
         raise UnsupportedModelError("use_cache=False is not supported by steered decoding; leave it unset")

@@ -1,0 +1,72 @@
+"""`demo`: every arm on Hazard World as a table, then scenes with their answers as a picture and a page."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..contact_sheet import Answer, Sheet, SheetRow, write_html, write_png
+from ..terminal import Console
+from .chat import verdict_text
+from .parser import STDOUT
+from .runtime import quiet_transformers, write_json
+from .tables import Table, as_text, rates_table, strata_table
+
+if TYPE_CHECKING:
+    from ..hazard_world import DemoScene
+
+TITLE = "Hazard World: plain decoding and SafeCoDe"
+NOTE = (
+    "A small model trained on a small rendered world, with errors put in on purpose: a test-bed for the mechanism, "
+    "no evidence about large models. The scenes are drawn, not picked."
+)
+# Every activity of the world, once safe and once unsafe; the picture has every third scene, so that it fits a screen.
+SHEET_SCENES = 24
+PICTURE_STEP = 3
+
+
+def run_demo(args: argparse.Namespace, console: Console) -> None:
+    """Evaluate the arms, print their table, and write contact_sheet.png and contact_sheet.html."""
+    start = time.perf_counter()
+    quiet_transformers(console)
+    from ..hazard_world import demo_scenes, load_world, run_evaluation
+
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    model, processor = load_world()
+    console.note(f"answering {args.n} scenes with every arm")
+    with console.counting("scenes") as counter:
+        evaluation = run_evaluation(model, processor, n=args.n, seed=args.split_seed, progress=counter)
+    table = rates_table(evaluation.methods)
+    if args.json != STDOUT:
+        console.result(f"{args.n} fresh scenes of Hazard World, 95 % intervals in brackets\n\n{as_text(table)}\n")
+        console.result(as_text(strata_table(evaluation.methods)) + "\n")
+    rows = [_sheet_row(scene) for scene in demo_scenes(model, processor, n=SHEET_SCENES)]
+    picture, page = write_sheet(rows, table, out)
+    if args.json != STDOUT:
+        console.result(f"contact sheet: {picture} and {page}")
+    if args.json:
+        write_json(args.json, evaluation.as_dict(), console)
+    console.note(
+        f"took {time.perf_counter() - start:.0f} s; a test-bed for the mechanism, no evidence about large models"
+    )
+
+
+def write_sheet(rows: list[SheetRow], table: Table, out: Path) -> tuple[Path, Path]:
+    """Write the picture, with every third scene, and the page, with all of them, and return their paths."""
+    picture = write_png(Sheet(TITLE, NOTE, rows[::PICTURE_STEP]), out / "contact_sheet.png")
+    page = write_html(Sheet(TITLE, NOTE, rows, table), out / "contact_sheet.html")
+    return picture, page
+
+
+def _sheet_row(scene: DemoScene) -> SheetRow:
+    return SheetRow(
+        image=scene.image,
+        question=scene.request,
+        plain=Answer(scene.plain, scene.plain_right),
+        steered=Answer(scene.safecode, scene.safecode_right),
+        verdict=verdict_text(scene.verdict),
+        heading=f"in truth {'unsafe' if scene.unsafe else 'safe'} here; stratum {scene.stratum}",
+    )
