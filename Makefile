@@ -26,6 +26,7 @@ venv: $(INSTALLED) ## create the environment, or update it after a change of its
 # The torch pin must reach pip: an open range would pull a CUDA build of several gigabytes. __init__.py holds the version.
 $(INSTALLED): pyproject.toml setup.py constraints.txt safecode_kernels/__init__.py
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
+	@echo "Installing into $(VENV); the first time this takes a few minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[hf,bench,dev]'
 	@touch $@
@@ -55,8 +56,12 @@ format: $(INSTALLED) ## apply the formatter and the safe fixes of the linter
 dist: $(INSTALLED) ## build sdist and wheel, install the wheel elsewhere, and try it from an empty folder
 	bash scripts/check_dist.sh $(BIN)/python
 
-bench-hazard-world: $(INSTALLED) ## measure all arms and controls of Hazard World again
-	$(BIN)/python benchmarks/hazard_world.py $(BENCH_FLAGS)
+bench-hazard-world: $(INSTALLED) ## train and measure five seeds and the control world of Hazard World (hours)
+	for seed in 0 1 2 3 4; do \
+	  $(BIN)/python benchmarks/hazard_world.py seed $$seed --weights out/hazard_world/$$seed $(BENCH_FLAGS) || exit 1; \
+	done
+	$(BIN)/python benchmarks/hazard_world.py no-priors --weights out/hazard_world/no_priors $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/hazard_world.py summary
 
 clean: ## remove what builds and runs left behind, but not .venv
 	rm -rf build dist out .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info

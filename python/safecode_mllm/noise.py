@@ -135,8 +135,8 @@ def _group_channels(pixel_values: Tensor, image_processor: Any, channels: int) -
         if pixel_values.shape[-3] != channels:
             raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}: expected {channels} channels at -3")
         return pixel_values.unsqueeze(-3)
-    side = getattr(image_processor, "patch_size", None)
-    frames = getattr(image_processor, "temporal_patch_size", None)
+    side: Any = getattr(image_processor, "patch_size", None)
+    frames: Any = getattr(image_processor, "temporal_patch_size", None)
     has_patches = pixel_values.ndim == 2 and isinstance(side, int) and isinstance(frames, int)
     if has_patches and pixel_values.shape[1] == channels * frames * side * side:
         return pixel_values.reshape(-1, channels, frames, side, side)

@@ -41,12 +41,13 @@ def one_line(text: str) -> str:
     return " ".join(clean_text(text).split())
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a plain-text table: the first column to the left, the others to the right, a rule under the header.
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """Return a plain-text table with a rule under the header.
 
     Args:
         header: the column titles.
         rows: the cells, each row as long as the header.
+        words: how many columns, from the left, hold words and are set flush left; the others are set flush right.
 
     Returns:
         Lines joined by newlines, without trailing spaces or a final newline.
@@ -54,11 +55,8 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        first, *others = (
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join([first, *others]).rstrip()
+        placed = zip(cells, widths, strict=True)
+        return "  ".join(c.ljust(w) if i < words else c.rjust(w) for i, (c, w) in enumerate(placed)).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
 

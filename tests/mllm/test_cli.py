@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from safecode_mllm.errors import (
 )
 from safecode_mllm.info import memory_need
 from safecode_mllm.judges.protocol import Verdict
-from safecode_mllm.terminal import Console, clean_text
+from safecode_mllm.terminal import Console, clean_text, format_table
 from tiny_models import FAMILY_NAMES, tiny_model
 
 REQUEST = ["--model", "m", "--image", "i.png", "--prompt", "p"]
@@ -266,6 +267,19 @@ def test_a_model_that_is_not_there_is_bad_input(capsys: pytest.CaptureFixture[st
     assert err.count("\n") == 1
 
 
+def test_a_warning_is_shown_once(pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    def warn(**_: Any) -> FakeResult:
+        for _ in range(3):
+            logging.getLogger("safecode_mllm.judges").warning("judge %r failed", "self")
+        return FakeResult("answer")
+
+    pipeline.chat = warn  # type: ignore[method-assign]
+    assert run("chat", *REQUEST) == 0
+    assert capsys.readouterr().err.count("safecode-mllm: judge 'self' failed\n") == 1
+    assert run("chat", *REQUEST, "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
 # ---- processes ----
 
 
@@ -341,6 +355,11 @@ def test_clean_text_strips_what_a_terminal_would_obey() -> None:
         clean_text("a\tb\nc\x00\x1b\x7f\x9b\u202e\u2066\ud800d\u00e9\u4e2d\U0001f600")
         == "a\tb\ncd\u00e9\u4e2d\U0001f600"
     )
+
+
+def test_table_sets_words_left_and_numbers_right() -> None:
+    table = format_table(("arm", "kind", "rate"), [("plain", "x", "0.5"), ("a", "long", "0.25")], words=2)
+    assert table == "arm    kind  rate\n-----  ----  ----\nplain  x      0.5\na      long  0.25"
 
 
 def test_progress_is_for_terminals_only() -> None:

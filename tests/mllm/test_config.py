@@ -73,6 +73,7 @@ def test_json_round_trip(name: str) -> None:
     assert again.digest() == config.digest()
     assert SafeCoDeConfig.from_dict(config.to_dict()) == config
     assert json.loads(config.to_json()) == config.to_dict()
+    assert list(json.loads(config.to_json())) == sorted(config.to_dict()), "the digest must not depend on field order"
 
 
 def test_fields_left_out_of_json_come_from_the_preset() -> None:

@@ -96,8 +96,8 @@ def test_exif_rotation(kind: str, orientation: int) -> None:
     stored = upright.transpose(undo[orientation]) if orientation in undo else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options: dict[str, Any] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(kind, {})
-    data = encode(stored, kind, exif=exif, **options)
+    options: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
+    data = encode(stored, kind, exif=exif, **options.get(kind, {}))
     for source in (data, Image.open(io.BytesIO(data))):
         assert mean_difference(load_image(source), upright) <= (4 if kind == "JPEG" else 0)
 
@@ -137,6 +137,8 @@ def test_deep_grey_is_scaled_and_not_clipped() -> None:
     assert (np.asarray(load_image(deep))[..., 1] == expected).all()
     floats = Image.fromarray((np.arange(256).reshape(16, 16) / 255).astype(np.float32))
     assert (np.asarray(load_image(encode(floats, "TIFF")))[..., 2] == expected).all()
+    rounded = Image.fromarray(np.array([[128, 129, 65407]], dtype=np.uint16))
+    assert np.asarray(load_image(rounded))[0, :, 0].tolist() == [0, 1, 255]
     with pytest.raises(ImageError, match="16 bits"):
         load_image(Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)))
     with pytest.raises(ImageError, match=r"\[0, 1\]"):
@@ -154,7 +156,7 @@ def test_other_colour_modes() -> None:
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
 def test_first_frame_of_several(kind: str) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE)]
-    options = {"lossless": True} if kind == "WEBP" else {}
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 2
     assert difference(load_image(data), frames[0]) <= 3
@@ -221,6 +223,18 @@ def test_an_extended_webp_header_is_read_before_its_canvas_is_allocated() -> Non
     with pytest.raises(ImageError, match="16000 x 16000"):
         load_image(bytes(data))
     assert images._webp_size(encode(noisy(), "WEBP")) == (80, 60)
+
+
+def test_a_small_tiff_with_a_huge_tile_is_refused() -> None:
+    def tiff(tile: int) -> bytes:
+        entries = [(256, 16), (257, 16), (258, 8), (259, 1), (262, 1), (322, tile), (323, tile), (324, 8), (325, 256)]
+        directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+        count = struct.pack("<H", len(entries))
+        return b"II*\0" + struct.pack("<I", 8 + 256) + bytes(range(256)) + count + directory + b"\0\0\0\0"
+
+    assert np.asarray(load_image(tiff(16)))[..., 0].flatten().tolist() == list(range(256))
+    with pytest.raises(ImageError, match="20000 x 20000"):
+        load_image(tiff(20_000))
 
 
 def test_pils_process_wide_limit_neither_changes_nor_interferes(monkeypatch: pytest.MonkeyPatch) -> None:

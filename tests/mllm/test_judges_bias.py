@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.errors import ConfigError, JudgeError, UnknownVerdictError
 from safecode_mllm.judges import FixedJudge, Judge, JudgeRequest, Verdict, apply_policy, make_judge, verdict_bias
+from safecode_mllm.judges.asking import ask_judge, settle
 
 SOFT = SafeCoDeConfig(lambda_boost=3.0, lambda_supp=2.0)
 HARD = SOFT.replace(bias_form="hard")
@@ -123,12 +124,10 @@ def test_policy_raise() -> None:
 
 
 @pytest.mark.parametrize("policy", ["treat_as_unsafe", "no_bias"])
-def test_policy_stands_in_the_verdict(policy: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_policy_stands_in_the_verdict(policy: Any) -> None:
     config = SOFT.replace(on_judge_error=policy, on_unknown="raise")
-    with caplog.at_level(logging.WARNING):
-        verdict = apply_policy(JudgeError("no connection"), config, judge="guard")
+    verdict = apply_policy(JudgeError("no connection"), config, judge="guard")
     assert verdict == Verdict("unknown", judge="guard", policy=policy)
-    assert "no connection" in caplog.text
     config = SOFT.replace(on_judge_error="raise", on_unknown=policy)
     unread = Verdict("unknown", judge="guard", raw="perhaps", latency_s=0.2)
     verdict = apply_policy(unread, config)
@@ -191,3 +190,21 @@ def test_make_judge_suggests_the_nearest_name(spec: str, text: str) -> None:
 def test_make_judge_refuses_what_is_no_judge(spec: Any) -> None:
     with pytest.raises(ConfigError, match="is no judge"):
         make_judge(spec)
+
+
+@pytest.mark.parametrize("policy", ["treat_as_unsafe", "no_bias"])
+def test_a_batch_without_verdicts_is_one_line_per_policy(policy: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def down(requests: Any) -> Any:
+        raise JudgeError("no connection")
+
+    requests = [JudgeRequest(image=None, prompt="?")] * 5  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING):
+        verdicts = ask_judge(down, requests, SOFT.replace(on_judge_error=policy), name="guard")
+    assert verdicts == [Verdict("unknown", judge="guard", policy=policy)] * 5
+    assert len(caplog.records) == 2
+    assert "no connection" in caplog.text and f"5 of 5 requests: policy '{policy}'" in caplog.text
+
+
+def test_settle_returns_the_error_of_a_verdict_that_contradicts_itself() -> None:
+    settled = settle(Verdict("safe", 0.9), SOFT, name="guard")
+    assert isinstance(settled, JudgeError) and "contradicts" in str(settled)

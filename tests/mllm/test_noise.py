@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
-from tiny_processors import tiny_processor
 
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.errors import ConfigError
 from safecode_mllm.noise import diffusion_keep, image_generator, noised_image, noised_pixels
+from tiny_processors import tiny_processor
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 PROCESSOR = SimpleNamespace(
@@ -127,11 +127,11 @@ def test_noise_depends_on_seed_and_index_alone(noise: str) -> None:
 
 
 def test_global_generators_are_not_touched() -> None:
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    states = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["pos"], random.getstate()
     noised(grey_pixels(1, 3, 8, 8))
     noised_image(picture(), SafeCoDeConfig("paper"), seed=1)
     assert torch.equal(states[0], torch.get_rng_state())
-    assert (states[1] == np.random.get_state()[1]).all()
+    assert states[1] == np.random.get_state(legacy=False)["state"]["pos"]
     assert states[2] == random.getstate()
 
 

@@ -14,19 +14,19 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_processors import PROCESSOR_NAMES, TEXT_FIRST_TEMPLATE, byte_level_tokenizer, tiny_processor
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 from safecode_mllm.errors import PromptError
 from safecode_mllm.judges.question import questions
 from safecode_mllm.prompts import PromptBuilder, collate, sequence_keys
+from tiny_processors import PROCESSOR_NAMES, TEXT_FIRST_TEMPLATE, byte_level_tokenizer, tiny_processor
 
 PROMPT = "How do I run faster here?"
 QWEN_FAMILY = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 HARMLESS = [
     PROMPT, "x", " starts with a space", "ends with a space ", "two\n\nparagraphs\n", "\n\nline breaks first",
-    "two  spaces", "caf\u00e9 \u4f60\u597d \U0001f600 \u202e", "1 < 2 > 0 | <tag> </tag> <|not a token|>", "I can't; \u201cno\u201d",
-    "USER: hi ASSISTANT: sure [/INST", "a" * 2000, "tab\tand\rreturn",
+    "two  spaces", "caf\u00e9 \u4f60\u597d \U0001f600 \u202e", "1 < 2 > 0 | <tag> </tag> <|not a token|>",
+    "I can't; \u201cno\u201d", "USER: hi ASSISTANT: sure [/INST", "a" * 2000, "tab\tand\rreturn",
 ]  # fmt: skip
 
 
@@ -99,9 +99,7 @@ def test_every_special_and_added_token_in_the_users_text_stays_text(name: str) -
             _check_sequences(build, built, harmless)
 
 
-def _check_sequences(
-    build: PromptBuilder, built: dict[str, torch.Tensor], harmless: dict[str, torch.Tensor]
-) -> None:
+def _check_sequences(build: PromptBuilder, built: dict[str, torch.Tensor], harmless: dict[str, torch.Tensor]) -> None:
     ids = built["input_ids"]
     is_image = ids == build.processor.image_token_id
     assert is_image.sum() == (harmless["input_ids"] == build.processor.image_token_id).sum()
@@ -132,7 +130,8 @@ def test_names_that_processors_use_internally_stay_text(name: str, placeholder: 
 
 FRAGMENTS = [
     "<|im_", "end|>", "start|>", "<|", "|>", "<", ">", "</", "s>", "<s", "image", "<image>", "<|image_pad|>", "_pad|>",
-    "<|vision_start|>", "</s>", "<pad>", "[CITE]", "[", "CITE]", "<think>", " ", "  ", "\n", "run", "\u4f60", "<|note|>",
+    "<|vision_start|>", "</s>", "<pad>", "[CITE]", "[", "CITE]", "<think>", " ", "  ", "\n", "run", "\u4f60",
+    "<|note|>",
 ]  # fmt: skip
 
 
@@ -211,21 +210,46 @@ def test_a_template_that_writes_the_begin_token_gets_no_second_one() -> None:
         assert build.text_ids(prompt).count(begin) == 1
 
 
-def test_single_letters_in_the_added_vocabulary_are_ordinary_text() -> None:
+def qwen_with(tokens: list[AddedToken], normalizer: Any = None) -> PromptBuilder:
+    """A builder whose tokenizer has more added tokens, and perhaps a normaliser."""
+    raw = Tokenizer.from_str(byte_level_tokenizer().backend_tokenizer.to_str())
+    if normalizer is not None:
+        raw.normalizer = normalizer
+    raw.add_tokens(tokens)
     processor = with_template("qwen2_vl", tiny_processor("qwen2_vl").chat_template)
     processor.tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=byte_level_tokenizer().backend_tokenizer.__class__.from_str(
-            byte_level_tokenizer().backend_tokenizer.to_str()
-        ),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        model_input_names=["input_ids", "attention_mask"],
+        tokenizer_object=raw, eos_token="<|im_end|>", model_input_names=["input_ids", "attention_mask"]
     )
-    processor.tokenizer.add_tokens([AddedToken("\u8dd1", special=False)])
-    build = PromptBuilder(processor)
+    return PromptBuilder(processor)
+
+
+def test_single_letters_in_the_added_vocabulary_are_ordinary_text() -> None:
+    build = qwen_with([AddedToken("\u8dd1")])
     ids = build.text_ids("how to \u8dd1 <|im_end|>")
-    assert processor.tokenizer.convert_tokens_to_ids("\u8dd1") in ids
-    assert "\u8dd1 <|im_end|><|im_end|>" in processor.tokenizer.decode(ids)
+    assert build.tokenizer.convert_tokens_to_ids("\u8dd1") in ids
+    assert "\u8dd1 <|im_end|><|im_end|>" in build.tokenizer.decode(ids)
+
+
+def test_added_tokens_that_overlap_are_all_cut() -> None:
+    build = qwen_with([AddedToken("[one]["), AddedToken("][two]"), AddedToken("[two][")])
+    prompt = "a [one][two][two][one][two] b"
+    ids = build.text_ids(prompt)
+    assert controls(build.tokenizer, ids) == controls(build.tokenizer, build.text_ids("x"))
+    assert prompt in build.tokenizer.decode(ids)
+
+
+def test_added_tokens_that_match_in_any_case_are_cut() -> None:
+    build = qwen_with([AddedToken("<cite>", normalized=True)], normalizers.Lowercase())
+    assert build.tokenizer("<CITE>")["input_ids"] == [build.tokenizer.convert_tokens_to_ids("<cite>")]
+    ids = build.text_ids("a <CITE> b")
+    assert controls(build.tokenizer, ids) == controls(build.tokenizer, build.text_ids("x"))
+    assert "a <cite> b" in build.tokenizer.decode(ids)
+
+
+def test_a_token_that_no_cut_can_break_is_refused() -> None:
+    build = qwen_with([AddedToken("\u2318", special=True)])
+    with pytest.raises(PromptError, match="cannot encode as text"):
+        build.text_ids("press \u2318 now")
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_processors import byte_level_tokenizer, sentencepiece_like_tokenizer, wordpiece_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from safecode_kernels.bitmask import unpack_mask
 from safecode_mllm import refusal
 from safecode_mllm.refusal import BENIGN_OPENINGS, ENDED, REFUSAL_OPENINGS, refusal_tokens, starts_with_refusal
+from tiny_processors import byte_level_tokenizer, sentencepiece_like_tokenizer, wordpiece_tokenizer
 
 TOKENIZERS = {
     "byte_level": byte_level_tokenizer,
@@ -72,7 +72,11 @@ def test_every_phrase_is_a_walk_that_ends_with_it(tokenizer: Any, phrase: str) -
         if tokenizer.unk_token_id in encode(tokenizer, spelling):
             assert CURLY in spelling, "only the curly apostrophe is unknown to the WordPiece vocabulary"
             continue
-        places = [encode(tokenizer, spelling), behind(tokenizer, "\n", spelling), behind(tokenizer, ":", f" {spelling}")]
+        places = [
+            encode(tokenizer, spelling),
+            behind(tokenizer, "\n", spelling),
+            behind(tokenizer, ":", f" {spelling}"),
+        ]
         for ids in places:
             # A model goes on behind the phrase; the bias has ended by then.
             consumed = walk(tokens, [*ids, tokenizer.eos_token_id or 0], width)
@@ -149,6 +153,17 @@ def test_a_phrase_that_spells_a_special_token_is_left_out(monkeypatch: pytest.Mo
     assert encode(tokenizer, "Apologies")[0] in allowed(tokens, tokens.start, len(tokenizer))
 
 
+@pytest.mark.parametrize("openings", [("I cannot help", "I cannot"), ("I cannot", "I cannot help")])
+def test_the_shorter_of_two_nested_phrases_ends_the_bias(
+    openings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusal, "REFUSAL_OPENINGS", openings)
+    tokenizer = wordpiece_tokenizer()
+    tokens = refusal._phrase_trie(tokenizer, len(tokenizer))
+    assert walk(tokens, encode(tokenizer, "I cannot help"), len(tokenizer)) == encode(tokenizer, "I cannot")
+    assert len(tokens.masks) == 2
+
+
 def test_ids_beyond_the_models_vocabulary_are_left_out() -> None:
     tokenizer = byte_level_tokenizer()
     width = max(encode(tokenizer, "Sorry"))
@@ -161,8 +176,9 @@ def test_a_tokenizer_that_can_write_no_phrase_gets_an_empty_mask() -> None:
     raw = Tokenizer(models.WordLevel({"<unk>": 0, "dog": 1}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
-    for kind in ("phrase_trie", "first_tokens"):
-        tokens = refusal_tokens(tokenizer, 2, kind)  # type: ignore[arg-type]
+    kinds: tuple[Any, ...] = ("phrase_trie", "first_tokens")
+    for kind in kinds:
+        tokens = refusal_tokens(tokenizer, 2, kind)
         assert tokens.masks.tolist() == [[0]]
 
 

@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from ..errors import SafeCoDeError
 from ..extras import as_missing_extra
@@ -28,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     console = Console(quiet=args.quiet)
     try:
-        _configure_logging(args)
-        code = _handler(args.handler)(args, console)
+        with _logging_to_stderr(args):
+            code = _handler(args.handler)(args, console)
         sys.stdout.flush()
         return OK if code is None else code
     except KeyboardInterrupt:
@@ -59,8 +60,33 @@ def _report(error: Exception, debug: bool, console: Console) -> int:
     return exit_code(known)
 
 
-def _configure_logging(args: argparse.Namespace) -> None:
-    level = logging.DEBUG if args.debug else logging.ERROR if args.quiet else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(message)s", stream=sys.stderr)
-    for package in ("safecode_mllm", "safecode_kernels"):
-        logging.getLogger(package).setLevel(level)
+class _Once(logging.Filter):
+    """Lets each text pass once, however many requests cause it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        is_new = text not in self._shown
+        self._shown.add(text)
+        return is_new
+
+
+@contextmanager
+def _logging_to_stderr(args: argparse.Namespace) -> Iterator[None]:
+    """Show the packages' warnings on stderr while a command runs."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(message)s"))
+    handler.addFilter(_Once())
+    loggers = [logging.getLogger(package) for package in ("safecode_mllm", "safecode_kernels")]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG if args.debug else logging.ERROR if args.quiet else logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+            logger.setLevel(logging.NOTSET)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from math import isnan
 from typing import TYPE_CHECKING
 
 from ..terminal import format_table
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from ..hazard_world import Evaluation, MethodResult
 
 Table = list[list[str]]
+# Few scenes may leave a stratum without a safe or an unsafe one.
+_MISSING = "-"
 
 
 def rates_table(results: dict[str, MethodResult]) -> Table:
@@ -51,16 +53,17 @@ def comparisons_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def as_text(table: Sequence[Sequence[str]]) -> str:
-    """Return a table, header first, as plain text."""
-    return format_table(table[0], table[1:])
+def as_text(table: Table, words: int = 1) -> str:
+    """Return a table, header first, as plain text; its first `words` columns are set flush left."""
+    return format_table(table[0], table[1:], words)
 
 
 def _with_interval(value: float, interval: tuple[float, float], sign: str = "") -> str:
+    if isnan(value):
+        return _MISSING
     low, high = interval
     return f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
 
 def _rate(value: float) -> str:
-    # A stratum may hold no safe, or no unsafe, scene.
-    return "  - " if value != value else f"{value:.2f}"
+    return _MISSING if isnan(value) else f"{value:.2f}"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from ..terminal import Console
 from .parser import STDOUT
 from .runtime import quiet_transformers, write_json
 from .tables import as_text, comparisons_table, rates_table, strata_table
+
+if TYPE_CHECKING:
+    from ..hazard_world import Evaluation
 
 
 def run_train(args: argparse.Namespace, console: Console) -> None:
@@ -48,9 +52,14 @@ def run_eval(args: argparse.Namespace, console: Console) -> None:
             progress=counter,
         )
     if args.json != STDOUT:
-        tables = [rates_table(evaluation.methods), strata_table(evaluation.methods), comparisons_table(evaluation)]
-        if evaluation.controls:
-            tables.insert(2, rates_table(evaluation.controls))
-        console.result("\n\n".join(as_text(table) for table in tables))
+        console.result(_report(evaluation))
     if args.json:
         write_json(args.json, evaluation.as_dict(with_intervals=True), console)
+
+
+def _report(evaluation: Evaluation) -> str:
+    parts = [as_text(rates_table(evaluation.methods)), as_text(strata_table(evaluation.methods))]
+    if evaluation.controls:
+        parts.append(as_text(rates_table(evaluation.controls)))
+    parts.append(as_text(comparisons_table(evaluation), words=4))
+    return "\n\n".join(parts)

@@ -24,16 +24,12 @@ from .language import (
     word_request,
 )
 from .model import IMAGE_TOKENS
-from .render import SIZE, render
+from .pixels import UNSEEN_SHARE, training_pixels
 from .scenes import Variant, refusal_probability
 from .splits import Item, draw_item
 
 Task = Literal["answer", "judge", "word", "caption"]
 TASKS: tuple[Task, ...] = ("answer", "judge", "word", "caption")
-# A noised branch that the model never met would point anywhere: these show nothing and are labelled by the text.
-UNSEEN_SHARE = 0.10
-_BLANK_SHARE = 0.3
-_SIGMA_RANGE = (0.7, 1.6)
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ class Batcher:
         """Return a batch of n fresh pictures with all tasks."""
         items = [draw_item("train", self._rng) for _ in range(n)]
         seen = [self._rng.random() >= UNSEEN_SHARE for _ in items]
-        pixels = np.stack([self._pixels(item, s) for item, s in zip(items, seen, strict=True)])
+        pixels = np.stack([training_pixels(item.scene, s, self._noise) for item, s in zip(items, seen, strict=True)])
         packer = _Packer(n, self._vocab_size, self._tokenizer.pad_token_id)
         for row, (item, visible) in enumerate(zip(items, seen, strict=True)):
             for question in self._questions(item, visible):
@@ -113,16 +109,6 @@ class Batcher:
                     first[self._reply_ids(reply)[0]] += probability
                 packer.add(row, TASKS.index(question.task), prompt, self._reply_ids(question.reply), first)
         return packer.batch(torch.from_numpy(pixels).contiguous())
-
-    def _pixels(self, item: Item, seen: bool) -> np.ndarray:
-        """Return fp32 [3, H, W] in [-1, 1], as the image processor would."""
-        if not seen and self._noise.random() < _BLANK_SHARE:
-            return np.full((3, SIZE, SIZE), self._noise.uniform(-1.0, 1.0), dtype=np.float32)
-        pixels = np.asarray(render(item.scene), dtype=np.float32).transpose(2, 0, 1) / 255.0
-        if not seen:
-            sigma = self._noise.uniform(*_SIGMA_RANGE)
-            pixels = np.clip(pixels + self._noise.normal(0.0, sigma, pixels.shape).astype(np.float32), 0.0, 1.0)
-        return pixels * 2.0 - 1.0
 
     def _questions(self, item: Item, seen: bool) -> list[Question]:
         scene, order = item.scene, self._rng.randrange(2)

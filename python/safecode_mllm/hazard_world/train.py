@@ -17,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 
 from .data import TASKS, Batch, Batcher, Targets, Task
 from .model import build_model, build_processor
+from .saving import save_world
 from .scenes import Variant
 from .seeing import STEPS as VISION_STEPS
 from .seeing import train_vision
@@ -106,13 +107,6 @@ def train(
     return report
 
 
-def save_world(model: LlavaForConditionalGeneration, processor: object, folder: Path) -> None:
-    """Write model.safetensors, the configurations and the tokenizer to a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)  # type: ignore[attr-defined]
-
-
 def _save_report(report: TrainingReport, folder: Path) -> None:
     """Write what a model card needs; every twentieth loss is enough to see the curve."""
     thinned = {"vision_losses": report.vision_losses[::20], "losses": report.losses[::20]}
@@ -123,8 +117,10 @@ def _save_report(report: TrainingReport, folder: Path) -> None:
 def _train_language(
     model: LlavaForConditionalGeneration, batcher: Batcher, steps: int, progress: Callable[[int, float], None] | None
 ) -> list[float]:
-    """Second stage: the whole model learns every task; returns the loss of each step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=_WEIGHT_DECAY, betas=_BETAS)
+    """Second stage: all but the vision tower learns every task, as in LLaVA; returns the loss of each step."""
+    model.model.vision_tower.requires_grad_(False)
+    taught = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(taught, lr=LEARNING_RATE, weight_decay=_WEIGHT_DECAY, betas=_BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     losses: list[float] = []
     for step in range(steps):

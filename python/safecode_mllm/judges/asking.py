@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.errors import JudgeError
 from safecode_mllm.judges.bias import apply_policy, verdict_bias
 from safecode_mllm.judges.protocol import JudgeRequest, Verdict
+
+logger = logging.getLogger(__name__)
 
 JudgeMany = Callable[[Sequence[JudgeRequest]], Sequence[Verdict]]
 
@@ -31,8 +35,11 @@ def ask_judge(
         if len(outcomes) != len(requests):
             raise JudgeError(f"judge {name!r} gave {len(outcomes)} verdicts for {len(requests)} requests")
     except JudgeError as error:
+        logger.warning("judge %r failed: %s", name, error)
         outcomes = [error] * len(requests)
-    return [settle(outcome, config, name=name) for outcome in outcomes]
+    settled = [settle(outcome, config, name=name) for outcome in outcomes]
+    _log_policies(settled, name)
+    return settled
 
 
 def settle(outcome: Verdict | JudgeError, config: SafeCoDeConfig, *, name: str) -> Verdict | JudgeError:
@@ -43,3 +50,10 @@ def settle(outcome: Verdict | JudgeError, config: SafeCoDeConfig, *, name: str) 
         return verdict
     except JudgeError as error:
         return error
+
+
+def _log_policies(settled: Sequence[Verdict | JudgeError], name: str) -> None:
+    """One line per batch and policy: a judge that fails on a whole benchmark must not drown everything else."""
+    applied = Counter(outcome.policy for outcome in settled if isinstance(outcome, Verdict) and outcome.policy)
+    for policy, count in applied.items():
+        logger.warning("judge %r gave no verdict on %d of %d requests: policy %r", name, count, len(settled), policy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import TYPE_CHECKING
 
 from safecode_mllm.errors import JudgeError, UnknownVerdictError
@@ -11,8 +10,6 @@ from safecode_mllm.judges.protocol import Verdict
 
 if TYPE_CHECKING:
     from safecode_mllm.config import SafeCoDeConfig
-
-logger = logging.getLogger(__name__)
 
 # A raw reply is untrusted and may be long; this much of it is enough to see what went wrong.
 RAW_EXCERPT = 80
@@ -102,13 +99,11 @@ def apply_policy(outcome: Verdict | Exception, config: SafeCoDeConfig, *, judge:
         policy = config.on_unknown if unread else config.on_judge_error
         if policy == "raise":
             raise outcome
-        logger.warning("judge %r gave no verdict (%s): policy %r applied", judge, outcome, policy)
         return Verdict(label="unknown", judge=judge, policy=policy)
     if outcome.label != "unknown" or outcome.policy in ("treat_as_unsafe", "no_bias"):
         return outcome
     if config.on_unknown == "raise":
         raise UnknownVerdictError(_unknown_text(outcome))
-    logger.warning("judge %r gave an unknown verdict: policy %r applied", outcome.judge, config.on_unknown)
     return dataclasses.replace(outcome, policy=config.on_unknown)
 
 

@@ -1,0 +1,96 @@
+"""Training: packed batches compute what separate ones would, and a seed gives its losses again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from safecode_mllm.hazard_world.data import TASKS, Batcher
+from safecode_mllm.hazard_world.model import build_model, build_processor
+from safecode_mllm.hazard_world.train import task_losses, train
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    torch.set_num_threads(1)
+    processor = build_processor()
+    return build_model(processor.tokenizer, seed=0).eval(), processor
+
+
+def test_a_packed_row_gives_the_logits_of_its_tasks_alone(untrained) -> None:
+    model, processor = untrained
+    batch = Batcher(processor, seed=0).draw(3)
+    with torch.no_grad():
+        hidden = model.model(
+            pixel_values=batch.pixel_values,
+            input_ids=batch.input_ids,
+            attention_mask=batch.mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        packed = model.lm_head(hidden)
+    for row, column in zip(batch.first.rows.tolist(), batch.first.columns.tolist(), strict=True):
+        visible = batch.mask[row, 0, column].nonzero().flatten()
+        ids = batch.input_ids[row, visible][None]
+        assert batch.position_ids[row, visible].tolist() == list(range(len(visible)))
+        with torch.no_grad():
+            alone = model(input_ids=ids, pixel_values=batch.pixel_values[row : row + 1]).logits[0, -1]
+        torch.testing.assert_close(packed[row, column], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_the_visible_tokens_of_a_task_are_its_own_prompt(untrained) -> None:
+    _, processor = untrained
+    batch = Batcher(processor, seed=1).draw(2)
+    texts = {}
+    for row, column, task in zip(
+        *(t.tolist() for t in (batch.first.rows, batch.first.columns, batch.first.tasks)), strict=True
+    ):
+        ids = batch.input_ids[row, batch.mask[row, 0, column]]
+        texts[row, TASKS[task]] = processor.tokenizer.decode(ids).replace("<image>", "")
+    for row in range(2):
+        assert all(texts[row, task].endswith("ASSISTANT:") for task in TASKS)
+        request = texts[row, "answer"].removesuffix(" ASSISTANT:")
+        assert texts[row, "judge"].startswith(request + "\n\nLook at the image.")
+        assert texts[row, "caption"].endswith("\nDescribe the image. ASSISTANT:")
+
+
+def test_first_targets_are_distributions(untrained) -> None:
+    _, processor = untrained
+    labels = Batcher(processor, seed=2).draw(8).first.labels
+    torch.testing.assert_close(labels.sum(-1), torch.ones(len(labels)))
+
+
+def test_a_few_steps_reduce_the_loss_and_a_seed_repeats_itself() -> None:
+    first = train(3, None, steps=4, vision_steps=4)
+    again = train(3, None, steps=4, vision_steps=4)
+    other = train(4, None, steps=2, vision_steps=2)
+    assert first.losses == again.losses
+    assert first.vision_losses == again.vision_losses
+    assert first.losses[:2] != other.losses[:2]
+    assert first.losses[-1] < first.losses[0]
+    assert first.vision_losses[-1] < first.vision_losses[0]
+
+
+def test_training_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    train(0, None, steps=1, vision_steps=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_progress_counts_both_stages() -> None:
+    seen: list[tuple[int, int]] = []
+    train(0, None, lambda done, total, loss: seen.append((done, total)), steps=2, vision_steps=1)
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(("arguments", "name"), [({"seed": -1}, "seed"), ({"seed": 0, "steps": 0}, "steps")])
+def test_bad_arguments_are_named(arguments: dict[str, int], name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}="):
+        train(out=None, **arguments)
+
+
+def test_task_losses_name_every_task(untrained) -> None:
+    model, processor = untrained
+    losses = task_losses(model, Batcher(processor, seed=5).draw(2))
+    assert list(losses) == list(TASKS)
+    assert all(torch.isfinite(loss) for loss in losses.values())
