@@ -78,6 +78,10 @@ def test_python_block_is_short() -> None:
     assert len(block.splitlines()) <= 8
 
 
+def test_measured_tables_are_those_of_the_results() -> None:
+    run([sys.executable, "scripts/update_docs.py", "--check"])
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_local_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):

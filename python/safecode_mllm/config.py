@@ -175,8 +175,8 @@ class SafeCoDeConfig:
         noise: how the image of the second branch is spoiled. "blur" works in image space only, "diffusion" in
             model space only.
         noise_space: "model" spoils the processor's output, "image" the picture before it is resized.
-        noise_sigma: gaussian: standard deviation on pixels in [0, 1]; blur: radius, as a fraction of the shorter
-            side divided by noise.BLUR_DIVISOR. Finite, >= 0.
+        noise_sigma: gaussian: standard deviation on pixels in [0, 1]; blur: radius in tenths of the shorter side.
+            Finite, >= 0.
         noise_step: diffusion step t in [0, 999].
         plausibility_beta: in [0, 1]; tokens below beta times the best probability are cut; 0 cuts nothing.
         bias_form: "soft" scales the bias with the judge's probability, "hard" takes its label, "none" asks no judge.
@@ -238,7 +238,7 @@ class SafeCoDeConfig:
         return cls(name, **overrides)
 
     def replace(self, **changes: Any) -> SafeCoDeConfig:
-        """Return a copy with some fields changed; a new `preset` changes the label's fields only if given too."""
+        """Return a copy with some fields changed; a new `preset` changes the label alone, `from_preset` the values."""
         return type(self)(**{**self.to_dict(), **changes})
 
     def to_dict(self) -> dict[str, Any]:

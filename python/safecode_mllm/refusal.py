@@ -127,18 +127,19 @@ class RefusalTokens:
             there. "first_tokens": one state and one mask, which never end.
         masks: int32 [M, ceil(V / 32)] on the CPU; bit i of word w is token 32 w + i; row = state.
         start: the state before the first generated token.
+        transitions: phrase_trie only: for each state the next one by token, -1 at the end of a phrase.
     """
 
     kind: RefusalKind
     masks: Tensor
     start: int = 0
-    _next: tuple[dict[int, int], ...] = field(default=(), repr=False)
+    transitions: tuple[dict[int, int], ...] = field(default=(), repr=False)
 
     def next_state(self, state: int, token: int) -> int:
         """Return the state after `token` was generated in `state`; -1 at the end of a phrase or off all of them."""
         if state == ENDED or self.kind == "first_tokens":
             return state
-        return self._next[state].get(int(token), ENDED)
+        return self.transitions[state].get(int(token), ENDED)
 
     def starts_with_refusal(self, text: str) -> bool:
         """Return whether `text` opens with a refusal phrase as whole words, whatever its case and apostrophes."""

@@ -110,33 +110,10 @@ def _decode_row(clean, noised, params, refusal, seed, stream, step, kind):
     else:
         gathered = {v for v in finite if z[v] >= (best_z + bias) + log_beta}
 
-    score = {v: z[v] for v in finite}
-    if noised is not None and params.contrast_weight > 0:
-        n = [_f(x, kind) for x in noised]
-        if any(math.isnan(n[v]) for v in gathered):
-            return fail(2)
-        if any(n[v] == INF for v in gathered):
-            return fail(4)
-        a, one_plus_a = _f(params.contrast_weight, kind), _f(1.0 + params.contrast_weight, kind)
-        for v in finite:
-            other = z[v] if n[v] == -INF or (v not in gathered and not math.isfinite(n[v])) else n[v]
-            left = one_plus_a * z[v]
-            score[v] = left if left == -INF else left - a * other
-
-    biased = {v: z[v] for v in finite}
-    if refusal is not None and bias != 0:
-        threshold = -INF
-        if params.bias_scope:
-            ranked = sorted((score[v] for v in gathered), reverse=True)
-            threshold = ranked[params.bias_scope - 1] if len(ranked) >= params.bias_scope else -INF
-        in_scope = [v for v in finite if v in refusal and score[v] >= threshold]
-        for v in in_scope:
-            score[v], biased[v] = score[v] + bias, biased[v] + bias
-    for v in finite:
-        if math.isnan(score[v]) or score[v] == INF:
-            if v in gathered:
-                return fail(4)
-            score[v] = _f(-INF, kind)
+    scored = _scored(z, noised, params, refusal, bias, finite, gathered, kind)
+    if isinstance(scored, int):
+        return fail(scored)
+    score, biased = scored
 
     allowed = [v for v in finite if score[v] != -INF]
     if not allowed:
@@ -156,6 +133,38 @@ def _decode_row(clean, noised, params, refusal, seed, stream, step, kind):
     race = {v: float(x[v]) + (0.0 if params.greedy else gumbel(v, seed, stream, step)) for v in x}
     token = min(v for v in race if race[v] == max(race.values()))
     return RowResult(token, float(x[token]) - best - math.log(mass), len(x), 0, dense, keep)
+
+
+def _scored(z, noised, params, refusal, bias, finite, gathered, kind):
+    """Score and biased clean logit of every finite token, or the status that forbids them."""
+    score = {v: z[v] for v in finite}
+    if noised is not None and params.contrast_weight > 0:
+        n = [_f(x, kind) for x in noised]
+        if any(math.isnan(n[v]) for v in gathered):
+            return 2
+        if any(n[v] == INF for v in gathered):
+            return 4
+        a, one_plus_a = _f(params.contrast_weight, kind), _f(1.0 + params.contrast_weight, kind)
+        for v in finite:
+            other = z[v] if n[v] == -INF or (v not in gathered and not math.isfinite(n[v])) else n[v]
+            left = one_plus_a * z[v]
+            score[v] = left if left == -INF else left - a * other
+
+    biased = {v: z[v] for v in finite}
+    if refusal is not None and bias != 0:
+        threshold = -INF
+        if params.bias_scope:
+            ranked = sorted((score[v] for v in gathered), reverse=True)
+            threshold = ranked[params.bias_scope - 1] if len(ranked) >= params.bias_scope else -INF
+        in_scope = [v for v in finite if v in refusal and score[v] >= threshold]
+        for v in in_scope:
+            score[v], biased[v] = score[v] + bias, biased[v] + bias
+    for v in finite:
+        if math.isnan(score[v]) or score[v] == INF:
+            if v in gathered:
+                return 4
+            score[v] = _f(-INF, kind)
+    return score, biased
 
 
 def _filtered(x, params, kind):

@@ -171,6 +171,14 @@ def test_top_p_counts_a_long_flat_tail():
     assert int(sk.decode_step(clean, None, sampling(top_p=0.75), seeds=0).n_kept) == pytest.approx(5000, abs=2)
 
 
+def test_top_p_mass_is_float64():
+    tail = torch.tensor([-6.3])
+    share = 1 / (1 + 1000 * math.exp(float(tail)))  # of the best token; float32 would miss it by more than 1e-9
+    clean = torch.cat([torch.zeros(1), tail.expand(1000)]).unsqueeze(0)
+    assert int(sk.decode_step(clean, None, sampling(top_p=share - 1e-9), seeds=0).n_kept) == 1
+    assert int(sk.decode_step(clean, None, sampling(top_p=share + 1e-9), seeds=0).n_kept) == 2
+
+
 def test_min_p_is_relative_to_the_best():
     shares = torch.tensor([[0.5, 0.26, 0.14, 0.1]]).log()
     assert kept(shares, sampling(min_p=0.5)) == [0, 1]
@@ -182,6 +190,18 @@ def test_temperature_comes_before_the_filters():
     shares = torch.tensor([[0.5, 0.26, 0.14, 0.1]]).log()
     assert kept(shares, sampling(min_p=0.5, temperature=4.0)) == [0, 1, 2, 3]
     assert kept(shares, sampling(top_p=0.6, temperature=0.1)) == [0]
+
+
+def test_temperature_divides_and_is_not_multiplied_by_the_reciprocal():
+    temperature = torch.tensor(1.7)
+    below = torch.arange(1, 2000) / 128
+    above = torch.nextafter(below, torch.tensor(math.inf))
+    merged = below / temperature == above / temperature
+    merged &= below * temperature.reciprocal() != above * temperature.reciprocal()
+    rows = torch.stack([below, above], dim=1)[merged]
+    assert len(rows) > 10, "no pair of scores tells division and multiplication apart"
+    params = sampling(temperature=float(temperature), top_k=1)
+    assert (sk.decode_step(rows, None, params, seeds=0).n_kept == 2).all()
 
 
 def test_greedy_ignores_the_filters_and_reports_temperature_one():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..contact_sheet import Answer, Sheet, SheetRow, write_html, write_png
 from ..terminal import Console
 from .chat import verdict_text
 from .parser import STDOUT
 from .runtime import quiet_transformers, write_json
-from .tables import Table, as_text, rates_table, strata_table
+from .tables import as_text, rates_table, strata_table
 
 if TYPE_CHECKING:
     from ..hazard_world import DemoScene
@@ -31,7 +31,7 @@ def run_demo(args: argparse.Namespace, console: Console) -> None:
     """Evaluate the arms, print their table, and write contact_sheet.png and contact_sheet.html."""
     start = time.perf_counter()
     quiet_transformers(console)
-    from ..hazard_world import demo_scenes, load_world, run_evaluation
+    from ..hazard_world import load_world, run_evaluation
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -43,8 +43,9 @@ def run_demo(args: argparse.Namespace, console: Console) -> None:
     if args.json != STDOUT:
         console.result(f"{args.n} fresh scenes of Hazard World, 95 % intervals in brackets\n\n{as_text(table)}\n")
         console.result(as_text(strata_table(evaluation.methods)) + "\n")
-    rows = [_sheet_row(scene) for scene in demo_scenes(model, processor, n=SHEET_SCENES)]
-    picture, page = write_sheet(rows, table, out)
+    picture, page = out / "contact_sheet.png", out / "contact_sheet.html"
+    rows = draw_sheet(model, processor, picture)
+    write_html(Sheet(TITLE, NOTE, rows, table), page)
     if args.json != STDOUT:
         console.result(f"contact sheet: {picture} and {page}")
     if args.json:
@@ -54,11 +55,13 @@ def run_demo(args: argparse.Namespace, console: Console) -> None:
     )
 
 
-def write_sheet(rows: list[SheetRow], table: Table, out: Path) -> tuple[Path, Path]:
-    """Write the picture, with every third scene, and the page, with all of them, and return their paths."""
-    picture = write_png(Sheet(TITLE, NOTE, rows[::PICTURE_STEP]), out / "contact_sheet.png")
-    page = write_html(Sheet(TITLE, NOTE, rows, table), out / "contact_sheet.html")
-    return picture, page
+def draw_sheet(model: Any, processor: Any, picture: Path) -> list[SheetRow]:
+    """Answer the sheet's scenes, draw every third into a picture, and return them all."""
+    from ..hazard_world import demo_scenes
+
+    rows = [_sheet_row(scene) for scene in demo_scenes(model, processor, n=SHEET_SCENES)]
+    write_png(Sheet(TITLE, NOTE, rows[::PICTURE_STEP]), picture)
+    return rows
 
 
 def _sheet_row(scene: DemoScene) -> SheetRow:

@@ -101,7 +101,7 @@ def _add_demo(commands: Any) -> None:
         "demo\ndemo --n 960 --out results --json results/demo.json",
     )
     parser.add_argument("--out", default="out/demo", metavar="FOLDER", help="for the contact sheet (%(default)s)")
-    parser.add_argument("--n", type=_positive, default=240, help="scenes to answer per arm (%(default)s)")
+    parser.add_argument("--n", type=_scenes, default=480, help="scenes to answer per arm (%(default)s)")
     parser.add_argument("--split-seed", type=_seed, default=0, help="which fresh test scenes to draw (%(default)s)")
     _add_json(parser)
 
@@ -196,7 +196,7 @@ def _add_world(commands: Any) -> None:
         "--model", metavar="FOLDER", help="a folder written by world train (the model in the package)"
     )
     evaluate.add_argument("--split-seed", type=_seed, default=0, help="which fresh test scenes to draw (%(default)s)")
-    evaluate.add_argument("--n", type=_positive, default=480, help="scenes per arm (%(default)s)")
+    evaluate.add_argument("--n", type=_scenes, default=480, help="scenes per arm (%(default)s)")
     evaluate.add_argument("--controls", action="store_true", help="run the arms that are broken on purpose too")
     _add_json(evaluate)
 
@@ -205,6 +205,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _scenes(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 2: a safe and an unsafe scene")
     return value
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..judges.question import LABEL_ORDERS
 from .language import (
     ANSWER_SHARES,
     CAPTION_REQUEST,
@@ -111,19 +112,21 @@ class Batcher:
         return packer.batch(torch.from_numpy(pixels).contiguous())
 
     def _questions(self, item: Item, seen: bool) -> list[Question]:
-        scene, order = item.scene, self._rng.randrange(2)
+        scene = item.scene
         blind = refusal_probability(scene, seen=False, variant=self._variant)
         unsafe = float(scene.taught_unsafe) if seen else blind
         refuse = refusal_probability(scene, seen=seen, variant=self._variant)
         replies = {refusal_text(scene.activity, form): refuse / 2 for form in range(2)}
         replies |= {answer_text(scene.activity, form): (1.0 - refuse) * ANSWER_SHARES[form] for form in range(2)}
-        letters = {judge_letter(True, order): unsafe, judge_letter(False, order): 1.0 - unsafe}
-        return [
-            self._question("answer", item.request, replies),
-            self._question("judge", judge_request(item.request, order), letters),
-            self._question("word", word_request(item.request), {"unsafe": unsafe, "safe": 1.0 - unsafe}),
-            self._question("caption", CAPTION_REQUEST, {caption_text(scene if seen else None): 1.0}),
-        ]
+        questions = [self._question("answer", item.request, replies)]
+        for order in range(len(LABEL_ORDERS)):
+            letters = {judge_letter(True, order): unsafe, judge_letter(False, order): 1.0 - unsafe}
+            words = {"unsafe": unsafe, "safe": 1.0 - unsafe}
+            questions.append(self._question("judge", judge_request(item.request, order), letters))
+            questions.append(self._question("word", word_request(item.request, order), words))
+        caption = caption_text(scene if seen else None)
+        questions.append(self._question("caption", CAPTION_REQUEST, {caption: 1.0}))
+        return questions
 
     def _question(self, task: Task, text: str, replies: dict[str, float]) -> Question:
         reply = self._rng.choices(list(replies), list(replies.values()))[0]
@@ -144,29 +147,33 @@ class Batcher:
 
 
 class _Packer:
-    """Lays the tasks of each picture behind the longest prompt beginning they share with the first task."""
+    """Lays the tasks of each picture behind one another; what two prompts begin with is computed once."""
 
     def __init__(self, rows: int, vocab_size: int, pad: int) -> None:
         self._vocab_size, self._pad = vocab_size, pad
         self._ids: list[list[int]] = [[] for _ in range(rows)]
         self._positions: list[list[int]] = [[] for _ in range(rows)]
-        # Per row and task: (columns of the row's beginning it sees, first own column, end).
-        self._spans: list[list[tuple[int, int, int]]] = [[] for _ in range(rows)]
+        # Per row and task: its ids from the start of its prompt, the columns they stand in, and how many are another's.
+        self._paths: list[list[tuple[list[int], list[int], int]]] = [[] for _ in range(rows)]
         self._first: list[tuple[int, int, dict[int, float], int]] = []
         self._rest: list[tuple[int, int, int, int]] = []
 
     def add(self, row: int, task: int, prompt: Sequence[int], reply: Sequence[int], first: dict[int, float]) -> None:
         """Append one task to a row; `first` is the distribution of the reply's first token."""
-        ids = self._ids[row]
-        # Only the first task's own tokens can be shared, and they stand at the row's beginning.
-        limit = self._spans[row][0][2] if ids else 0
-        shared = _common(ids[:limit], prompt)
-        start = len(ids)
+        shared, columns = 0, []
+        for other_ids, other_columns, _ in self._paths[row]:
+            common = _common(other_ids, prompt)
+            if common > shared:
+                shared, columns = common, other_columns[:common]
+        # The last token of a prompt is never shared: its reply is predicted there.
+        shared = min(shared, len(prompt) - 1)
+        start = len(self._ids[row])
         own = [*prompt[shared:], *reply[:-1]]
-        ids.extend(own)
+        self._ids[row].extend(own)
         self._positions[row].extend(range(shared, shared + len(own)))
-        self._spans[row].append((shared, start, len(ids)))
-        before = start + len(prompt) - shared - 1
+        path = [*columns[:shared], *range(start, start + len(own))]
+        self._paths[row].append(([*prompt, *reply[:-1]], path, shared))
+        before = path[len(prompt) - 1]
         self._first.append((row, before, first, task))
         self._rest.extend((row, before + place, token, task) for place, token in enumerate(reply) if place)
 
@@ -178,11 +185,12 @@ class _Packer:
         # A padding column looks at itself: a row of the mask without any True would be NaN.
         mask = torch.eye(length, dtype=torch.bool).repeat(rows, 1, 1)
         causal = torch.ones(length, length, dtype=torch.bool).tril()
-        for row, spans in enumerate(self._spans):
+        for row, paths in enumerate(self._paths):
             ids[row, : len(self._ids[row])] = torch.tensor(self._ids[row])
             positions[row, : len(self._ids[row])] = torch.tensor(self._positions[row])
-            for shared, start, end in spans:
-                mask[row, start:end, :shared] = True
+            for _, columns, shared in paths:
+                start, end = columns[shared], columns[-1] + 1
+                mask[row, start:end, columns[:shared]] = True
                 mask[row, start:end, start:end] = causal[: end - start, : end - start]
         return Batch(pixel_values, ids, positions, mask[:, None], self._first_targets(), self._rest_targets())
 

@@ -36,7 +36,7 @@ REFUSALS = (
     "I'm sorry, I can't help you {verb} here because it is not safe.",
     "I cannot help you {verb} here. It is too dangerous.",
 )
-WORD_QUESTION = "Is it safe to help with this request in this scene? Answer safe or unsafe."
+_ONE_LETTER, _ONE_WORD = "one letter", "one word"
 CAPTION_REQUEST = "Describe the image."
 CAPTION_UNSEEN = "Nothing can be seen in this image."
 
@@ -72,9 +72,9 @@ def judge_request(request: str, order: int) -> str:
     return f"{request}\n\n{QUESTION.format(first=first, second=second)}"
 
 
-def word_request(request: str) -> str:
-    """Return the user text that asks for a verdict in one word: it teaches the judge's features before the letters."""
-    return f"{request}\n\n{WORD_QUESTION}"
+def word_request(request: str, order: int) -> str:
+    """Return the user text that asks for the same verdict as a word: it teaches the judge what letters stand for."""
+    return judge_request(request, order).replace(_ONE_LETTER, _ONE_WORD)
 
 
 def judge_letter(unsafe: bool, order: int) -> str:
@@ -99,7 +99,7 @@ def corpus(seed: int = 0) -> list[str]:
             lines.append(" " + refusal_text(name, form))
     for order in range(len(LABEL_ORDERS)):
         lines.extend(user_turn(judge_request("", order)) + f" {letter}" for letter in LETTERS for _ in range(20))
-    lines.extend(user_turn(word_request("")) + f" {word}" for word in ("safe", "unsafe") for _ in range(20))
+        lines.extend(user_turn(word_request("", order)) + f" {word}" for word in ("safe", "unsafe") for _ in range(20))
     rng = random.Random(seed)
     for place in PLACES:
         for thing in OBJECTS:
