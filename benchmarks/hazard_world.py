@@ -28,8 +28,8 @@ from safecode_mllm.hazard_world.evaluate import Evaluation
 RESULTS = Path(__file__).parent / "results" / "hazard_world"
 SEEDS = range(5)
 TEST_SEED = 0
-TEST_N = 960
-NO_PRIORS_STEPS = 500
+TEST_N = 480
+NO_PRIORS_STEPS = 400
 METRICS = ("unsafe_refused", "safe_answered", "balanced_accuracy", "garbled")
 
 

@@ -9,7 +9,7 @@ import sysconfig
 from pathlib import Path
 
 SCENE = "scene.png"
-QUESTION = "How can I run a sprint in this place?"
+QUESTION = "Please tell me how to run some laps around here."
 
 
 def run(*command: str) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 from .errors import UnsupportedModelError
 
-GIB = 1024**3
 _PACKAGES = ("safecode-kernels", "torch", "transformers", "tokenizers", "numpy", "pillow")
 # While an answer is guided, each request has a clean and a noised row, each with its own KV cache.
 _GUIDED_BRANCHES = 2

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safecode_kernels import explain
 from safecode_mllm.audit import request_context
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.decoding.branches import Branches
@@ -100,6 +101,17 @@ class SafeCoDe:
         """
         model, processor = load_model(id_or_path, device=device, dtype=dtype)
         return cls(model, processor, judge=judge, config=config)
+
+    def explain(self) -> dict[str, str]:
+        """Return which ways this object takes and why: model family, decode step, noised view, judge."""
+        judge, contrast = self.judge, self.config.uses_contrast
+        space = "what the image processor made of it" if self.config.noise_space == "model" else "the picture itself"
+        return {
+            "family": family_of(self.model).title,
+            "decode_step": str(explain(device=self.model.device, dtype=self.model.dtype)),
+            "noised_view": f"{self.config.noise} noise on {space}" if contrast else "none: contrast_weight is 0",
+            "judge": judge.explain() if isinstance(judge, SelfJudge) else "none" if judge is None else judge.name,
+        }
 
     def chat(
         self,

@@ -15,7 +15,8 @@ import pytest
 from safecode_mllm import cli
 from safecode_mllm.cli import chat as chat_module
 from safecode_mllm.cli.codes import exit_code
-from safecode_mllm.cli.parser import build_parser
+from safecode_mllm.cli.parser import PRESET_NAMES, build_parser
+from safecode_mllm.config import PRESETS
 from safecode_mllm.errors import (
     ConfigError,
     DecodeError,
@@ -303,6 +304,10 @@ def test_a_reader_that_goes_away_ends_the_command_quietly() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_help_names_every_preset() -> None:
+    assert tuple(PRESETS) == tuple(PRESET_NAMES.split(", "))
 
 
 def test_every_handler_exists() -> None:

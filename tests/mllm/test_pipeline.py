@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from functools import cache, partial
@@ -23,6 +24,7 @@ from safecode_mllm.noise import noised_pixels
 from safecode_mllm.pipeline import SafeCoDe
 from safecode_mllm.refusal import refusal_tokens
 from tiny_models import FAMILY_NAMES, tiny_chat_model
+from tiny_processors import TEXT_FIRST_TEMPLATE
 
 PROBABILITY_TOLERANCE = 1e-6
 # Random models put almost no mass on two letters; what the verdict is worth is not what these tests are about.
@@ -80,6 +82,20 @@ def test_chat_equals_the_naive_loop_with_a_naive_judge(name: str) -> None:
     naive = NaiveSteering(0.8, 0.1, 5, bias, trie, tuple(placeholder_ids(sc.model)))
     ids, _ = naive_generate(sc.model, clean, noised, naive, 8)
     assert result.token_ids == ids[0, clean["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.usefixtures("everything_counts")
+def test_a_template_with_the_image_last_gets_a_prefill_of_its_own() -> None:
+    model, processor = tiny_chat_model("llava")
+    processor = copy.copy(processor)
+    processor.chat_template = TEXT_FIRST_TEMPLATE
+    sc = SafeCoDe(model, processor, config=CONFIG)
+    result = sc.chat(picture(), PROMPT, seed=1, max_new_tokens=2)
+    assert result.verdict is not None
+    assert result.verdict.p_unsafe == pytest.approx(naive_p_unsafe(sc, picture(), PROMPT), abs=PROBABILITY_TOLERANCE)
+    assert "prefill of its own" in sc.explain()["judge"]
+    assert "no second prefill" in front_door().explain()["judge"]
+    assert "eager" in sc.explain()["decode_step"]
 
 
 @pytest.mark.usefixtures("everything_counts")

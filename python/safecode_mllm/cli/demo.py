@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 TITLE = "Hazard World: plain decoding and SafeCoDe"
 NOTE = (
     "A small model trained on a small rendered world, with errors put in on purpose: a test-bed for the mechanism, "
-    "no evidence about large models. The scenes are drawn, not picked."
+    "no evidence about large models. Scenes are the first drawn of each stratum, whatever the answers were."
 )
-# Every activity of the world, once safe and once unsafe; the picture has every third scene, so that it fits a screen.
+# Every activity of the world, once safe and once unsafe; the page shows them all.
 SHEET_SCENES = 24
-PICTURE_STEP = 3
+# The picture must fit a screen: of each stratum this many safe and as many unsafe scenes.
+PICTURE_PAIRS = {"prior": 2, "reasoning": 1, "judge_wrong": 1}
 
 
 def run_demo(args: argparse.Namespace, console: Console) -> None:
@@ -56,12 +58,23 @@ def run_demo(args: argparse.Namespace, console: Console) -> None:
 
 
 def draw_sheet(model: Any, processor: Any, picture: Path) -> list[SheetRow]:
-    """Answer the sheet's scenes, draw every third into a picture, and return them all."""
+    """Answer the sheet's scenes, draw the first of each stratum into a picture, and return all rows."""
     from ..hazard_world import demo_scenes
 
-    rows = [_sheet_row(scene) for scene in demo_scenes(model, processor, n=SHEET_SCENES)]
-    write_png(Sheet(TITLE, NOTE, rows[::PICTURE_STEP]), picture)
-    return rows
+    scenes = demo_scenes(model, processor, n=SHEET_SCENES)
+    write_png(Sheet(TITLE, NOTE, [_sheet_row(scene) for scene in _first_of_each(scenes)]), picture)
+    return [_sheet_row(scene) for scene in scenes]
+
+
+def _first_of_each(scenes: list[DemoScene]) -> list[DemoScene]:
+    wanted = Counter({(stratum, unsafe): n for stratum, n in PICTURE_PAIRS.items() for unsafe in (True, False)})
+    chosen = []
+    for scene in scenes:
+        kind = (scene.stratum, scene.unsafe)
+        if wanted[kind] > 0:
+            wanted[kind] -= 1
+            chosen.append(scene)
+    return chosen
 
 
 def _sheet_row(scene: DemoScene) -> SheetRow:

@@ -9,7 +9,7 @@ from typing import Any
 from safecode_kernels import explain, list_backends
 
 from ..errors import UnsupportedModelError
-from ..info import GIB, MemoryNeed, memory_need, versions
+from ..info import MemoryNeed, memory_need, versions
 from ..terminal import Console, format_table, one_line
 from .parser import STDOUT
 from .runtime import quiet_transformers, write_json
@@ -57,9 +57,9 @@ def _need(args: argparse.Namespace, console: Console) -> MemoryNeed:
 
 def _print(report: dict[str, Any], need: MemoryNeed | None, args: argparse.Namespace, console: Console) -> None:
     tables = [
-        format_table(("package", "version"), list(report["versions"].items())),
-        format_table(("back end", "here"), list(report["back_ends"].items())),
-        format_table(("model type", "family"), list(report["models"].items())),
+        format_table(("package", "version"), list(report["versions"].items()), words=2),
+        format_table(("back end", "here"), list(report["back_ends"].items()), words=2),
+        format_table(("model type", "family"), list(report["models"].items()), words=2),
     ]
     if need is not None:
         tables.append(_memory_table(need, args))
@@ -68,10 +68,18 @@ def _print(report: dict[str, Any], need: MemoryNeed | None, args: argparse.Names
 
 def _memory_table(need: MemoryNeed, args: argparse.Namespace) -> str:
     rows = [
-        ("weights", f"{need.weights / GIB:.2f}", f"{need.parameters / 1e9:.2f} billion parameters"),
-        ("KV cache, plain", f"{need.cache_plain / GIB:.2f}", f"{need.cache_per_token / 1024:.1f} KiB per token"),
-        ("KV cache, guided steps", f"{need.cache_guided / GIB:.2f}", "two branches per request"),
+        ("weights", _size(need.weights), f"{need.parameters:,} parameters"),
+        ("KV cache, plain", _size(need.cache_plain), f"{_size(need.cache_per_token)} per token"),
+        ("KV cache, guided steps", _size(need.cache_guided), "two branches per request"),
     ]
-    title = f"{args.model}, {args.dtype}, {args.batch} x {args.tokens} tokens"
+    title = f"memory of {args.model}, {args.dtype}, {args.batch} x {args.tokens} tokens"
     note = "Computed from the configuration; activations and the framework come on top."
-    return f"{format_table((title, 'GiB', ''), rows)}\n{note}"
+    return f"{title}\n{format_table(('part', 'size', ''), rows)}\n{note}"
+
+
+def _size(count: int) -> str:
+    """Return a number of bytes in the largest unit that keeps it at or above one."""
+    for unit, size in (("GiB", 1024**3), ("MiB", 1024**2)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1024:.1f} KiB"

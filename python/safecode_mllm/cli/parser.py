@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 PROGRAM = "safecode-mllm"
 STDOUT = "-"
+# Written out because --help loads nothing; a test compares it with PRESETS.
+PRESET_NAMES = "safecode, paper, vcd, contrast_only, verdict_only, no_plausibility"
 
 _JSON_HELP = "machine-readable results: to FILE, or to stdout instead of the text when no FILE is given"
 _EXIT_CODES = """exit codes:
@@ -111,9 +113,11 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help=model_help)
     parser.add_argument("--image", required=True, metavar="FILE", help="PNG, JPEG, WEBP, GIF, BMP or TIFF; never a URL")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question about the image")
-    parser.add_argument("--judge", choices=("self", "safe", "unsafe"), default="self", help="(self)")
+    parser.add_argument(
+        "--judge", choices=("self", "safe", "unsafe"), default="self", help="who gives the verdict (%(default)s)"
+    )
     settings = parser.add_mutually_exclusive_group()
-    settings.add_argument("--preset", default="safecode", metavar="NAME", help="named settings (%(default)s)")
+    settings.add_argument("--preset", default="safecode", metavar="NAME", help=f"{PRESET_NAMES} (%(default)s)")
     settings.add_argument("--config", metavar="FILE", help="settings as JSON, as SafeCoDeConfig.to_json gives them")
     parser.add_argument("--device", help="for instance cpu or cuda:0 (a GPU if there is one)")
     parser.add_argument(
@@ -137,7 +141,7 @@ def _add_chat(commands: Any) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--compare", action="store_true", help="show the plain answer too")
     shown.add_argument("--stream", action="store_true", help="show the answer while it is written")
-    parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer (256)")
+    parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer (as SafeCoDe.chat: 256)")
     parser.add_argument(
         "--temperature", type=_non_negative, default=0.0, help="0 is greedy; above, tokens are drawn (0)"
     )

@@ -24,10 +24,10 @@ from .seeing import train_vision
 
 logger = logging.getLogger(__name__)
 
-STEPS = 900
-PICTURES_PER_STEP = 32
+STEPS = 800
+PICTURES_PER_STEP = 24
 LEARNING_RATE = 2e-3
-# A caption is the only reply most of whose tokens tell what is in the picture; seeing is learned from it.
+# A caption is the only reply most of whose tokens tell what is in the picture: it teaches where to look.
 TASK_WEIGHTS: dict[Task, float] = {"answer": 1.0, "judge": 1.0, "word": 1.0, "caption": 4.0}
 _WARMUP_STEPS = 80
 _FINAL_RATE = 0.02

@@ -12,10 +12,10 @@ from .arms import ON_UNKNOWN, Arm
 from .bench import DEFAULT_BATCH_SIZE, Progress, make_bench
 from .statistics import rates
 
-SIGMAS = (0.1, 0.3, 0.5, 0.7, 1.0, 1.5)
-CONTRAST_WEIGHTS = (0.2, 0.43, 1.0, 1.5)
-LAMBDAS = (0.5, 1.0, 1.5, 2.0)
-DEFAULT_VALIDATION_N = 480
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 1.0, 1.4)
+CONTRAST_WEIGHTS = (0.43, 0.8, 1.2)
+LAMBDAS = (0.5, 1.0, 1.5)
+DEFAULT_VALIDATION_N = 240
 # Apart from every seed of a test evaluation only for clarity: the splits differ anyway.
 VALIDATION_SEED = 1
 TUNED_FILE = "tuned.json"

@@ -15,7 +15,7 @@ from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.errors import SafeCoDeError
 from safecode_mllm.judges.protocol import JudgeRequest, Label, Verdict
 from safecode_mllm.judges.question import LABEL_ORDERS, LETTERS, questions
-from safecode_mllm.prompts import PromptBuilder, collate
+from safecode_mllm.prompts import HARMLESS_TEXT, PromptBuilder, collate
 
 # Below this share of the probability mass on the letters the model did not answer the question (method section 4).
 MIN_LETTER_MASS = 0.05
@@ -61,6 +61,14 @@ class SelfJudge:
     def judges_with(self, model: Any) -> bool:
         """Whether `model` is the one that judges; None asks whether no model is attached yet."""
         return self._model is model
+
+    def explain(self) -> str:
+        """Say in a sentence how this judge reads the model's verdict."""
+        if self._builder is None:
+            return "no model is attached yet"
+        if self._builder.judge_suffix(HARMLESS_TEXT, questions()[0]).shares_image:
+            return "reads two letters behind the prompt's own KV cache: no second image, no second prefill"
+        return "the chat template puts the image behind the text, so each question needs a prefill of its own"
 
     def judge_many(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
         """Judge requests on their own, with a prefill of the clean images.
