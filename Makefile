@@ -11,7 +11,7 @@ BENCH_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) $(PYTEST_FLAGS)
 LINTED := safecode_kernels python tests benchmarks scripts setup.py
 
 .DEFAULT_GOAL := help
@@ -42,7 +42,7 @@ test-all: $(INSTALLED) ## run every test, then the matrix
 	$(MAKE) test-matrix
 
 test-matrix: $(INSTALLED) ## run the tests that touch transformers on each version in tests/matrix
-	JOBS=$(JOBS) bash scripts/test_matrix.sh $(BIN)/python
+	JOBS=$(JOBS) bash scripts/test_matrix.sh $(BIN)
 
 lint: $(INSTALLED) ## check style, formatting and types
 	$(BIN)/ruff check $(LINTED)

@@ -5,8 +5,10 @@ from setuptools import find_packages, setup
 setup(
     packages=find_packages(include=["safecode_kernels*"]) + find_packages("python"),
     package_dir={"safecode_mllm": "python/safecode_mllm"},
+    # Data is what stands here and no more: by default every file that MANIFEST.in names would count.
+    include_package_data=False,
     package_data={
         "safecode_kernels": ["py.typed"],
-        "safecode_mllm": ["py.typed", "hazard_world/weights/*", "hazard_world/weights/**/*"],
+        "safecode_mllm": ["py.typed", "hazard_world/weights/*"],
     },
 )

@@ -34,6 +34,11 @@ class Answer:
         """The word that goes with the answer: "right", "wrong" or nothing."""
         return {True: "right", False: "wrong", None: ""}[self.right]
 
+    @property
+    def shown(self) -> str:
+        """The text, or a word that says there is none."""
+        return self.text if self.text.strip() else "(empty)"
+
 
 @dataclass(frozen=True)
 class SheetRow:
@@ -158,7 +163,7 @@ def _html_answer(answer: Answer) -> str:
     mark = ""
     if answer.right is not None:
         mark = f'<span class="mark {answer.mark}">{_SYMBOLS[answer.right]} {answer.mark}</span><br>'
-    return f'<td>{mark}<span class="answer">{_text(answer.text)}</span></td>'
+    return f'<td>{mark}<span class="answer">{_text(answer.shown)}</span></td>'
 
 
 def _html_table(table: Sequence[Sequence[str]]) -> str:
@@ -270,7 +275,7 @@ def _row_blocks(row: SheetRow, text: Font, small: Font) -> list[list[_Line]]:
     columns = [question]
     for answer, width in zip((row.plain, row.steered), widths[1:3], strict=True):
         block = [] if answer.right is None else [_Line(answer.mark, text, _MARK_INK[answer.right], answer.right)]
-        columns.append(block + [_Line(line, text) for line in _wrap(answer.text, text, width)])
+        columns.append(block + [_Line(line, text) for line in _wrap(answer.shown, text, width)])
     columns.append([_Line(line, text) for line in _wrap(row.verdict, text, widths[3])])
     return columns
 

@@ -19,6 +19,10 @@ class PromptError(SafeCoDeError, ValueError):
     """A prompt is empty, not text, or cannot be put into the model's chat template."""
 
 
+class ModelError(SafeCoDeError):
+    """A model cannot be loaded: nothing usable is at the given place."""
+
+
 class UnsupportedModelError(SafeCoDeError):
     """The model's class, or a generation mode asked of it, is not supported; the message says why."""
 

@@ -86,6 +86,8 @@ def _from_path(name: str) -> Image.Image:
         with path.open("rb") as file:
             # One byte over the limit is enough to know, also if the file grows while it is read.
             data = file.read(MAX_BYTES + 1)
+    except ImageError:
+        raise
     except (OSError, ValueError) as error:
         raise ImageError(f"image={_shorten(name)!r} cannot be read: {error}") from error
     return _from_bytes(data, name)

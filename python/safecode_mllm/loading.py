@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from safecode_mllm.errors import SafeCoDeError
+from safecode_mllm.errors import ModelError
 from safecode_mllm.extras import optional_imports
 
 # The small trained model that ships with the package.
@@ -22,7 +22,7 @@ def load_model(
     Remote code is never executed and weights are read as safetensors only.
 
     Raises:
-        SafeCoDeError: nothing usable is there; the message says what to check.
+        ModelError: nothing usable is there; the message says what to check.
     """
     model: Any
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -33,22 +33,32 @@ def load_model(
         model, processor = load_world()
         return model.to(target), processor
     with optional_imports():
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        _check_path(id_or_path)
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     # Half precision is slow and coarse on most CPUs; on a GPU the stored dtype is what people expect.
     chosen = dtype or ("auto" if target.type == "cuda" else torch.float32)
     try:
+        # The smallest file first: a wrong id then fails once, not once per file of the processor.
+        AutoConfig.from_pretrained(id_or_path, trust_remote_code=False)
         processor = AutoProcessor.from_pretrained(id_or_path, trust_remote_code=False)
         model = AutoModelForImageTextToText.from_pretrained(
             id_or_path, dtype=chosen, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        where = "the folder" if Path(id_or_path).exists() else "neither a folder nor a reachable hub id;"
-        raise SafeCoDeError(
-            f"cannot load model {id_or_path!r}: {where} must hold an image-text-to-text model with its processor and "
-            f"safetensors weights ({type(error).__name__}: {_first_line(error)})"
+        raise ModelError(
+            f"cannot load model {id_or_path!r}: it must be a folder or a reachable hub id with an image-text-to-text "
+            f"model, its processor and safetensors weights ({type(error).__name__}: {_first_line(error)})"
         ) from error
     return model.to(target), processor
+
+
+def _check_path(id_or_path: str) -> None:
+    """Refuse what can only be a path and is no folder, before the hub is asked about it."""
+    path = Path(id_or_path).expanduser()
+    looks_like_a_path = id_or_path.startswith((".", "/", "~")) or id_or_path.count("/") > 1
+    if path.is_file() or (looks_like_a_path and not path.is_dir()):
+        raise ModelError(f"cannot load model {id_or_path!r}: there is no such folder")
 
 
 def _first_line(error: Exception) -> str:

@@ -97,7 +97,7 @@ class SafeCoDe:
             config: see the class.
 
         Raises:
-            SafeCoDeError: the model cannot be loaded; the message says what to check.
+            ModelError: the model cannot be loaded; the message says what to check.
         """
         model, processor = load_model(id_or_path, device=device, dtype=dtype)
         return cls(model, processor, judge=judge, config=config)

@@ -114,7 +114,7 @@ class PromptBuilder:
 
     def text_ids(self, prompt: str) -> list[int]:
         """Return the ids of the whole conversation with one unexpanded image placeholder; checks the prompt."""
-        _check_prompt(prompt)
+        check_prompt(prompt)
         ids = self._encode_whole(self._render(prompt))
         expected = self._control.sequence(self._harmless_ids)
         if self._control.sequence(ids) == expected:
@@ -284,7 +284,8 @@ def _pad_second_dimension(values: list[Tensor]) -> list[Tensor]:
     return [torch.cat([v, v.new_zeros(v.shape[0], size - v.shape[1], *v.shape[2:])], 1) for v in values]
 
 
-def _check_prompt(prompt: object) -> None:
+def check_prompt(prompt: object) -> None:
+    """Raise PromptError unless `prompt` is text that says something."""
     if not isinstance(prompt, str):
         raise PromptError(f"prompt is a {type(prompt).__name__}: pass a string")
     if not prompt.strip():

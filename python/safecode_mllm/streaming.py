@@ -45,12 +45,21 @@ class ChatStream:
             raise RuntimeError("a ChatStream can be iterated once; call stream() again for another answer")
         self._thread.start()
         try:
-            yield from (piece for piece in self._streamer if piece)
+            yield from self._pieces()
         finally:
             self._stop.set()
             self._thread.join()
         if self._error is not None:
             raise self._error
+
+    def _pieces(self) -> Iterator[str]:
+        """The text as `ChatResult.text` has it: without the space that many models begin an answer with."""
+        begun = False
+        for piece in self._streamer:
+            piece = piece if begun else piece.lstrip()
+            begun = begun or bool(piece)
+            if piece:
+                yield piece
 
     def _work(self, run: Callable[[Any, Any], ChatResult]) -> None:
         try:

@@ -10,6 +10,12 @@ from safecode_mllm.hazard_world.model import build_model, build_processor
 from safecode_mllm.hazard_world.train import task_losses, train
 
 
+@pytest.fixture
+def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safecode_mllm.hazard_world.train.PICTURES_PER_STEP", 4)
+    monkeypatch.setattr("safecode_mllm.hazard_world.seeing.PICTURES_PER_STEP", 16)
+
+
 @pytest.fixture(scope="module")
 def untrained():
     torch.set_num_threads(1)
@@ -60,6 +66,7 @@ def test_first_targets_are_distributions(untrained) -> None:
     torch.testing.assert_close(labels.sum(-1), torch.ones(len(labels)))
 
 
+@pytest.mark.usefixtures("_small_steps")
 def test_a_few_steps_reduce_the_loss_and_a_seed_repeats_itself() -> None:
     first = train(3, None, steps=3, vision_steps=3)
     again = train(3, None, steps=3, vision_steps=3)
@@ -71,12 +78,14 @@ def test_a_few_steps_reduce_the_loss_and_a_seed_repeats_itself() -> None:
     assert first.vision_losses[-1] < first.vision_losses[0]
 
 
+@pytest.mark.usefixtures("_small_steps")
 def test_training_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     train(0, None, steps=1, vision_steps=1)
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.usefixtures("_small_steps")
 def test_progress_counts_both_stages() -> None:
     seen: list[tuple[int, int]] = []
     train(0, None, lambda done, total, loss: seen.append((done, total)), steps=1, vision_steps=1)

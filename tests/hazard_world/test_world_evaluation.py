@@ -31,7 +31,7 @@ def world():
 def evaluation(world):
     calls: list[tuple[int, int, str]] = []
     found = run_evaluation(
-        *world, n=48, seed=5, controls=True, resamples=200, batch_size=48, progress=lambda *call: calls.append(call)
+        *world, n=36, seed=5, controls=True, resamples=200, batch_size=36, progress=lambda *call: calls.append(call)
     )
     assert calls[-1][0] == calls[-1][1], "progress reaches its end"
     return found

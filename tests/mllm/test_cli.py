@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from safecode_mllm import cli
 from safecode_mllm.cli import chat as chat_module
@@ -83,6 +84,13 @@ class FakePipeline:
         return [self.verdict]
 
 
+@pytest.fixture(autouse=True)
+def picture_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture of REQUEST: it is looked at before a model is loaded."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "i.png")
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
     fake = FakePipeline()
@@ -97,7 +105,7 @@ def run(*argv: str) -> int:
 def module(*argv: str, code: str = "") -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own; `code` runs before it."""
     program = f"{code}\nimport sys\nfrom safecode_mllm.cli import main\nsys.exit(main({list(argv)!r}))"
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/", check=False)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
 
 # ---- chat and judge ----
@@ -111,16 +119,18 @@ def test_chat_writes_the_answer_to_stdout_and_the_rest_to_stderr(
     assert out == "answer on [31mred]0;title\n"
     assert "verdict: unsafe (p = 0.90)" in err
     assert "no effect" in err
-    assert pipeline.calls == [
-        {"image": "i.png", "prompt": "p", "seed": 3, "max_new_tokens": 9, "do_sample": True, "temperature": 0.5}
-    ]
+    (call,) = pipeline.calls
+    assert call.pop("image").size == (8, 8)
+    assert call == {"prompt": "p", "seed": 3, "max_new_tokens": 9, "do_sample": True, "temperature": 0.5}
 
 
 def test_chat_is_greedy_by_default_and_quiet_says_nothing_else(
     pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("chat", *REQUEST, "--quiet") == 0
-    assert pipeline.calls == [{"image": "i.png", "prompt": "p", "seed": None}]
+    (call,) = pipeline.calls
+    assert call.pop("image").size == (8, 8)
+    assert call == {"prompt": "p", "seed": None}
     assert capsys.readouterr().err == ""
 
 

@@ -87,6 +87,10 @@ def test_right_and_wrong_are_words_and_symbols(tmp_path: Path) -> None:
     assert "right" not in read_page(Sheet("Title", "Note", [row(plain=None, steered=None)]), tmp_path).text
 
 
+def test_an_empty_answer_is_said_to_be_empty(tmp_path: Path) -> None:
+    assert read_page(Sheet("Title", "Note", [row(text=" ")]), tmp_path).text.count("(empty)") == 2
+
+
 def test_the_page_has_the_summary_table(tmp_path: Path) -> None:
     page = read_page(Sheet("Title", "Note", [row()], [["arm", "rate"], ["plain", "0.53"]]), tmp_path)
     assert "plain" in page.text

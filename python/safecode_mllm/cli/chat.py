@@ -22,8 +22,8 @@ def run_chat(args: argparse.Namespace, console: Console) -> None:
     """Answer one question about one image; with --compare show the plain answer too."""
     if args.stream and args.json == STDOUT:
         raise ConfigError("--stream and --json both write to stdout: give --json a FILE, or leave one of them out")
+    request = {**_question(args), "seed": args.seed, **_generation(args)}
     pipeline = load_pipeline(args, console)
-    request = {"image": args.image, "prompt": args.prompt, "seed": args.seed, **_generation(args)}
     if args.compare:
         _compare(pipeline, request, args, console)
         return
@@ -54,8 +54,8 @@ def _compare(pipeline: SafeCoDe, request: dict[str, Any], args: argparse.Namespa
 
 def run_judge(args: argparse.Namespace, console: Console) -> int | None:
     """Ask the judge alone and print its verdict; an unknown one counts as a failure."""
-    pipeline = load_pipeline(args, console)
-    (verdict,) = pipeline.judge_batch([{"image": args.image, "prompt": args.prompt}])
+    question = _question(args)
+    (verdict,) = load_pipeline(args, console).judge_batch([question])
     if args.json != STDOUT:
         console.result(verdict_text(verdict))
     if args.json:
@@ -67,6 +67,15 @@ def verdict_text(verdict: Verdict) -> str:
     """Return a verdict in words, for instance "unsafe (p = 0.97)"; says which policy was applied, if one was."""
     text = verdict.label if verdict.p_unsafe is None else f"{verdict.label} (p = {verdict.p_unsafe:.2f})"
     return text if verdict.policy is None else f"{text}, policy {verdict.policy}"
+
+
+def _question(args: argparse.Namespace) -> dict[str, Any]:
+    """Return image and prompt, checked before anybody waits for a model to load."""
+    from ..images import load_image
+    from ..prompts import check_prompt
+
+    check_prompt(args.prompt)
+    return {"image": load_image(args.image), "prompt": args.prompt}
 
 
 def _generation(args: argparse.Namespace) -> dict[str, Any]:

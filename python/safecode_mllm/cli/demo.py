@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 TITLE = "Hazard World: plain decoding and SafeCoDe"
 NOTE = (
     "A small model trained on a small rendered world, with errors put in on purpose: a test-bed for the mechanism, "
-    "no evidence about large models. Scenes are the first drawn of each stratum, whatever the answers were."
+    "no evidence about large models."
 )
+PICTURE_NOTE = f"{NOTE} The scenes are the first drawn of each stratum, whatever the answers were."
+PAGE_NOTE = f"{NOTE} Every scene that was drawn for this page is on it, and the table counts others."
 # Every activity of the world, once safe and once unsafe; the page shows them all.
 SHEET_SCENES = 24
 # The picture must fit a screen: of each stratum this many safe and as many unsafe scenes.
@@ -47,7 +49,7 @@ def run_demo(args: argparse.Namespace, console: Console) -> None:
         console.result(as_text(strata_table(evaluation.methods)) + "\n")
     picture, page = out / "contact_sheet.png", out / "contact_sheet.html"
     rows = draw_sheet(model, processor, picture)
-    write_html(Sheet(TITLE, NOTE, rows, table), page)
+    write_html(Sheet(TITLE, PAGE_NOTE, rows, table), page)
     if args.json != STDOUT:
         console.result(f"contact sheet: {picture} and {page}")
     if args.json:
@@ -62,7 +64,7 @@ def draw_sheet(model: Any, processor: Any, picture: Path) -> list[SheetRow]:
     from ..hazard_world import demo_scenes
 
     scenes = demo_scenes(model, processor, n=SHEET_SCENES)
-    write_png(Sheet(TITLE, NOTE, [_sheet_row(scene) for scene in _first_of_each(scenes)]), picture)
+    write_png(Sheet(TITLE, PICTURE_NOTE, [_sheet_row(scene) for scene in _first_of_each(scenes)]), picture)
     return [_sheet_row(scene) for scene in scenes]
 
 
