@@ -131,6 +131,22 @@ def test_steering_off_is_stock_generate(name: str) -> None:
     assert result.verdict is None and result.steering_effective is None and not any(result.record or [])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llava_next", "qwen3_vl"])
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Steered it runs; unsteered it is stock generate, in the model's own dtype."""
+    model, processor = tiny_chat_model(name)
+    sc = SafeCoDe(model.to(dtype), processor, config=CONFIG)
+    inputs = {
+        key: v.to(dtype) if v.is_floating_point() else v for key, v in sc.builder.build(picture(), PROMPT).items()
+    }
+    stock = model.generate(**inputs, max_new_tokens=8)
+    plain = sc.chat(picture(), PROMPT, steering="off", max_new_tokens=8)
+    assert plain.token_ids == stock[0, inputs["input_ids"].shape[1] :].tolist()
+    steered = sc.chat(picture(), PROMPT, seed=1, max_new_tokens=8, do_sample=True, top_p=0.9)
+    assert steered.record and all(0 < token.p_steered <= 1 for token in steered.record)
+
+
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_every_preset_runs_on_every_family(name: str) -> None:
     from safecode_mllm.config import PRESETS
