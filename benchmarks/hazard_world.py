@@ -29,7 +29,6 @@ RESULTS = Path(__file__).parent / "results" / "hazard_world"
 SEEDS = range(5)
 TEST_SEED = 0
 TEST_N = 480
-NO_PRIORS_STEPS = 400
 METRICS = ("unsafe_refused", "safe_answered", "balanced_accuracy", "garbled")
 
 
@@ -80,7 +79,7 @@ def run_no_priors(weights: Path, n: int) -> dict[str, Any]:
     """Train the world without priors if its folder is empty; steering must change nothing in it."""
     torch.set_num_threads(1)
     if not (weights / "config.json").is_file():
-        train(0, weights, _progress("training"), steps=NO_PRIORS_STEPS, variant="no_priors")
+        train(0, weights, _progress("training"), variant="no_priors")
     model, processor = load_world(weights)
     evaluation = run_evaluation(
         model,
@@ -115,6 +114,10 @@ def summarise() -> dict[str, Any]:
         }
         for comparisons in zip(*(run["comparisons"] for run in runs), strict=True)
     ]
+    sweeps = zip(*(run["validation"]["sigmas"] for run in runs), strict=True)
+    summary["validation_sigma"] = {
+        str(points[0]["noise_sigma"]): _spread([p["balanced_accuracy"] for p in points]) for points in sweeps
+    }
     summary["best_sigma"] = [run["validation"]["best_sigma"] for run in runs]
     summary["tuned"] = [run["tuned"] for run in runs]
     return summary

@@ -255,12 +255,13 @@ def test_every_public_name_loads() -> None:
         _ = safecode_mllm.Safecode
 
 
-def test_missing_extra_is_a_hint() -> None:
+@pytest.mark.parametrize("model", ["hazard-world", "owner/model"])
+def test_missing_extra_is_a_hint(model: str) -> None:
     code = (
         "import sys; sys.modules['transformers'] = None\n"
         "import safecode_mllm\n"
         "try:\n"
-        "    safecode_mllm.SafeCoDe.from_pretrained('hazard-world')\n"
+        f"    safecode_mllm.SafeCoDe.from_pretrained({model!r})\n"
         "except safecode_mllm.errors.MissingExtraError as error:\n"
         "    print(error)"
     )

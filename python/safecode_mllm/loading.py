@@ -32,9 +32,9 @@ def load_model(
 
         model, processor = load_world()
         return model.to(target), processor
+    _check_path(id_or_path)
     with optional_imports():
-        _check_path(id_or_path)
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     # Half precision is slow and coarse on most CPUs; on a GPU the stored dtype is what people expect.
     chosen = dtype or ("auto" if target.type == "cuda" else torch.float32)

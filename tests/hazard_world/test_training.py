@@ -68,14 +68,14 @@ def test_first_targets_are_distributions(untrained) -> None:
 
 @pytest.mark.usefixtures("_small_steps")
 def test_a_few_steps_reduce_the_loss_and_a_seed_repeats_itself() -> None:
-    first = train(3, None, steps=3, vision_steps=3)
-    again = train(3, None, steps=3, vision_steps=3)
+    first = train(3, None, steps=3, vision_steps=12)
+    again = train(3, None, steps=3, vision_steps=12)
     other = train(4, None, steps=1, vision_steps=1)
     assert first.losses == again.losses
     assert first.vision_losses == again.vision_losses
     assert first.losses[0] != other.losses[0]
     assert first.losses[-1] < first.losses[0]
-    assert first.vision_losses[-1] < first.vision_losses[0]
+    assert sum(first.vision_losses[-3:]) < sum(first.vision_losses[:3])
 
 
 @pytest.mark.usefixtures("_small_steps")

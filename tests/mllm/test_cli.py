@@ -266,6 +266,12 @@ def test_bad_settings_end_before_a_model_is_loaded(capsys: pytest.CaptureFixture
     assert "--stream and --json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device", ["bogus", "cpu:x"])
+def test_a_device_that_is_not_there_is_bad_input(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("judge", *REQUEST, "--device", device) == 2
+    assert f"--device {device} cannot be used here" in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_there_is_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run("chat", "--model", str(tmp_path), "--image", "i.png", "--prompt", "p", "--quiet") == 2
     err = capsys.readouterr().err

@@ -12,7 +12,7 @@ from ..contact_sheet import Answer, Sheet, SheetRow, write_html, write_png
 from ..terminal import Console
 from .chat import verdict_text
 from .parser import STDOUT
-from .runtime import quiet_transformers, write_json
+from .runtime import one_thread, quiet_transformers, write_json
 from .tables import as_text, rates_table, strata_table
 
 if TYPE_CHECKING:
@@ -41,14 +41,15 @@ def run_demo(args: argparse.Namespace, console: Console) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model, processor = load_world()
     console.note(f"answering {args.n} scenes with every arm")
-    with console.counting("scenes") as counter:
+    with one_thread(), console.counting("scenes") as counter:
         evaluation = run_evaluation(model, processor, n=args.n, seed=args.split_seed, progress=counter)
     table = rates_table(evaluation.methods)
     if args.json != STDOUT:
         console.result(f"{args.n} fresh scenes of Hazard World, 95 % intervals in brackets\n\n{as_text(table)}\n")
         console.result(as_text(strata_table(evaluation.methods)) + "\n")
     picture, page = out / "contact_sheet.png", out / "contact_sheet.html"
-    rows = draw_sheet(model, processor, picture)
+    with one_thread():
+        rows = draw_sheet(model, processor, picture)
     write_html(Sheet(TITLE, PAGE_NOTE, rows, table), page)
     if args.json != STDOUT:
         console.result(f"contact sheet: {picture} and {page}")

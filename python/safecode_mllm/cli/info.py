@@ -8,7 +8,7 @@ from typing import Any
 
 from safecode_kernels import explain, list_backends
 
-from ..errors import UnsupportedModelError
+from ..errors import ModelError
 from ..info import MemoryNeed, memory_need, versions
 from ..terminal import Console, format_table, one_line
 from .parser import STDOUT
@@ -51,7 +51,7 @@ def _need(args: argparse.Namespace, console: Console) -> MemoryNeed:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = one_line(str(error).strip().partition("\n")[0])
-        raise UnsupportedModelError(f"--model {args.model}: no configuration there: {reason}") from error
+        raise ModelError(f"--model {args.model}: no configuration there: {reason}") from error
     return memory_need(config, args.dtype, args.batch, args.tokens)
 
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import SafeCoDeConfig
 from ..errors import ConfigError
-from ..terminal import Console
+from ..terminal import Console, one_line
 from .parser import STDOUT
 
 if TYPE_CHECKING:
     from ..pipeline import SafeCoDe
+
+
+# torch lists every device it knows; a line should stay a line.
+_MAX_REASON = 120
 
 
 def read_config(args: argparse.Namespace) -> SafeCoDeConfig:
@@ -32,10 +38,20 @@ def load_pipeline(args: argparse.Namespace, console: Console) -> SafeCoDe:
     """Return the pipeline of --model with its judge and settings."""
     config = read_config(args)
     quiet_transformers(console)
+    _check_device(args.device)
     from ..pipeline import SafeCoDe
 
     console.note(f"loading {args.model}")
     return SafeCoDe.from_pretrained(args.model, device=args.device, dtype=args.dtype, judge=args.judge, config=config)
+
+
+def _check_device(name: str | None) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise ConfigError(f"--device {name} cannot be used here: {one_line(str(error))[:_MAX_REASON]}") from error
 
 
 def quiet_transformers(console: Console) -> None:
@@ -45,6 +61,19 @@ def quiet_transformers(console: Console) -> None:
     logging.set_verbosity_error()
     if not console.shows_progress:
         logging.disable_progress_bar()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: Hazard World's model gains nothing from more, and sums don't depend on their number."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def write_json(target: str, value: Any, console: Console) -> None:

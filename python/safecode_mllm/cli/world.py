@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import ConfigError
 from ..terminal import Console
 from .parser import STDOUT
-from .runtime import quiet_transformers, write_json
+from .runtime import one_thread, quiet_transformers, write_json
 from .tables import as_text, comparisons_table, rates_table, strata_table
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def run_train(args: argparse.Namespace, console: Console) -> None:
         report = train(args.seed, args.out, lambda done, total, loss: counter(done, total, f"loss {loss:.2f}"))
     console.note(f"trained in {report.seconds:.0f} s")
     if args.tune:
-        with console.counting("tuning") as counter:
+        with one_thread(), console.counting("tuning") as counter:
             sweep = tune(*load_world(args.out), progress=counter)
         save_tuned(sweep, args.out)
     console.result(f"model: {args.out}")
@@ -43,7 +43,7 @@ def run_eval(args: argparse.Namespace, console: Console) -> None:
         model, processor = load_world(weights)
     except FileNotFoundError as error:
         raise ConfigError(f"--model {weights}: {error}") from error
-    with console.counting("scenes") as counter:
+    with one_thread(), console.counting("scenes") as counter:
         evaluation = run_evaluation(
             model,
             processor,

@@ -24,6 +24,8 @@ from .render import SIZE
 PATCH = 8
 VISION_WIDTH = 96
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
+# Without this, transformers 4.57 makes token_type_ids, which a LLaVA does not take.
+MODEL_INPUTS = ("input_ids", "attention_mask")
 _PAD, _BOS, _EOS, _UNK = "<pad>", "<s>", "</s>", "<unk>"
 _VOCAB_SIZE = 640
 _MAX_POSITIONS = 512
@@ -54,6 +56,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=[IMAGE_TOKEN],
         padding_side="left",
         model_max_length=_MAX_POSITIONS,
+        model_input_names=list(MODEL_INPUTS),
         clean_up_tokenization_spaces=False,
     )
 

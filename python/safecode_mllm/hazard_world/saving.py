@@ -8,6 +8,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from .model import MODEL_INPUTS
+
 _WEIGHTS_FILE = "model.safetensors"
 # transformers 5 leaves this level out of the names of CLIP's weights and reads files with or without it; 4.57 needs it.
 _VISION, _VISION_OF_4_57 = "vision_tower.", "vision_tower.vision_model."
@@ -22,12 +24,12 @@ def save_world(model: Any, processor: Any, folder: Path) -> None:
     _rename_weights(folder / _WEIGHTS_FILE)
     # Version 5 nests the image processor; preprocessor_config.json, which every version reads, holds it already.
     _edit(folder / "processor_config.json", remove=("image_processor",))
-    image_token = processor.image_token
     _edit(
         folder / "tokenizer_config.json",
         remove=("backend", "extra_special_tokens", "is_local", "local_files_only"),
         tokenizer_class="PreTrainedTokenizerFast",
-        additional_special_tokens=[image_token],
+        additional_special_tokens=[processor.image_token],
+        model_input_names=list(MODEL_INPUTS),
     )
 
 

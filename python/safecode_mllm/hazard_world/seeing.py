@@ -73,7 +73,8 @@ def train_vision(
 
 def _rate(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine down to a fiftieth."""
-    return min(1.0, (step + 1) / _WARMUP_STEPS) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+    warm = min(1.0, (step + 1) / min(_WARMUP_STEPS, max(1, steps // 4)))
+    return warm * (0.51 + 0.49 * math.cos(math.pi * step / steps))
 
 
 def _naming_loss(tower: nn.Module, heads: nn.ModuleDict, pictures: Tensor, scenes: Sequence[Scene | None]) -> Tensor:
