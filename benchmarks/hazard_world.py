@@ -2,6 +2,7 @@
 
     python benchmarks/hazard_world.py seed 0 --weights out/hazard_world/0      # one seed: train, tune, evaluate
     python benchmarks/hazard_world.py no-priors --weights out/hazard_world/np  # the control world
+    python benchmarks/hazard_world.py shipped                                  # four times the scenes, shipped model
     python benchmarks/hazard_world.py summary                                  # all five seeds in one table
 
 Results lie in benchmarks/results/hazard_world. The shipped model is seed 0, fixed before any seed was trained.
@@ -22,18 +23,21 @@ from typing import Any
 import torch
 import transformers
 
-from safecode_mllm.hazard_world import load_world, run_evaluation, save_tuned, train, tune
+from safecode_mllm.hazard_world import WEIGHTS, load_world, run_evaluation, save_tuned, train, tune
 from safecode_mllm.hazard_world.evaluate import Evaluation
 
 RESULTS = Path(__file__).parent / "results" / "hazard_world"
 SEEDS = range(5)
 TEST_SEED = 0
 TEST_N = 480
+# Run after seed0.json, because 53 dusk scenes left the wrong-verdict comparison open there: another draw, nothing retuned.
+SHIPPED_SEED = 1
+SHIPPED_N = 1920
 METRICS = ("unsafe_refused", "safe_answered", "balanced_accuracy", "garbled")
 
 
 def main() -> int:
-    """Parse the command line and run one of the three parts."""
+    """Parse the command line and run one of the parts."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
@@ -43,10 +47,13 @@ def main() -> int:
     for part in (seed, no_priors):
         part.add_argument("--weights", type=Path, required=True, help="folder of the model; trained if it has none")
         part.add_argument("--n", type=int, default=TEST_N, help="test scenes")
+    parts.add_parser("shipped", help="evaluate the shipped model on more scenes")
     parts.add_parser("summary", help="collect the seeds' results")
     arguments = parser.parse_args()
     if arguments.part == "summary":
         _write("summary", summarise())
+    elif arguments.part == "shipped":
+        _write("shipped", run_shipped())
     elif arguments.part == "seed":
         _write(f"seed{arguments.seed}", run_seed(arguments.seed, arguments.weights, arguments.n))
     else:
@@ -92,6 +99,21 @@ def run_no_priors(weights: Path, n: int) -> dict[str, Any]:
         progress=_progress("evaluating"),
     )
     return _record(evaluation, weights)
+
+
+def run_shipped() -> dict[str, Any]:
+    """Evaluate the shipped model on a larger draw, the arms of the paired comparisons only."""
+    torch.set_num_threads(1)
+    model, processor = load_world()
+    evaluation = run_evaluation(
+        model,
+        processor,
+        n=SHIPPED_N,
+        seed=SHIPPED_SEED,
+        only=("plain", "contrast_only", "verdict_only", "safecode"),
+        progress=_progress("evaluating"),
+    )
+    return _record(evaluation, WEIGHTS)
 
 
 def summarise() -> dict[str, Any]:

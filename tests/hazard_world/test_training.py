@@ -7,12 +7,12 @@ import torch
 
 from safecode_mllm.hazard_world.data import TASKS, Batcher
 from safecode_mllm.hazard_world.model import build_model, build_processor
-from safecode_mllm.hazard_world.train import task_losses, train
+from safecode_mllm.hazard_world.training import task_losses, train
 
 
 @pytest.fixture
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safecode_mllm.hazard_world.train.PICTURES_PER_STEP", 4)
+    monkeypatch.setattr("safecode_mllm.hazard_world.training.PICTURES_PER_STEP", 4)
     monkeypatch.setattr("safecode_mllm.hazard_world.seeing.PICTURES_PER_STEP", 16)
 
 
@@ -103,3 +103,12 @@ def test_task_losses_name_every_task(untrained) -> None:
     losses = task_losses(model, Batcher(processor, seed=5).draw(2))
     assert list(losses) == list(TASKS)
     assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_train_is_the_function_even_after_its_module_was_imported() -> None:
+    import safecode_mllm.hazard_world as world
+
+    assert world.train is train
+    assert all(callable(getattr(world, name)) or name == "WEIGHTS" for name in world.__all__)
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = world.nothing_like_it

@@ -73,7 +73,7 @@ def test_world_train_saves_a_model_and_tunes_it_when_asked(
         calls.append((seed, out))
         return SimpleNamespace(seconds=1.0)
 
-    monkeypatch.setattr(importlib.import_module("safecode_mllm.hazard_world.train"), "train", fake_train)
+    monkeypatch.setattr(importlib.import_module("safecode_mllm.hazard_world.training"), "train", fake_train)
     tuning = importlib.import_module("safecode_mllm.hazard_world.tuning")
     monkeypatch.setattr(tuning, "tune", lambda model, processor, progress: "sweep")
     monkeypatch.setattr(tuning, "save_tuned", lambda sweep, out: calls.append((sweep, out)))

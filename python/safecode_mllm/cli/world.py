@@ -20,7 +20,7 @@ def run_train(args: argparse.Namespace, console: Console) -> None:
     """Train a model from a seed, choose its settings on validation scenes, and save both."""
     quiet_transformers(console)
     from ..hazard_world import load_world
-    from ..hazard_world.train import train
+    from ..hazard_world.training import train
     from ..hazard_world.tuning import save_tuned, tune
 
     with console.counting("training") as counter:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .evaluate import DemoScene, Evaluation, MethodResult, demo_scenes, run_evaluation
     from .model import load_world
     from .paths import WEIGHTS
-    from .train import TrainingReport, train
+    from .training import TrainingReport, train
     from .tuning import Sweep, load_tuned, save_tuned, tune
 
 # Imported on first use: the command line asks for WEIGHTS without paying for transformers.
@@ -20,8 +20,8 @@ _HOMES = {
     "run_evaluation": "evaluate",
     "WEIGHTS": "paths",
     "load_world": "model",
-    "TrainingReport": "train",
-    "train": "train",
+    "TrainingReport": "training",
+    "train": "training",
     "Sweep": "tuning",
     "load_tuned": "tuning",
     "save_tuned": "tuning",
