@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "hazard_world"
 SEEDS = range(5)
 TEST_SEED = 0
 TEST_N = 480
-# Run after seed0.json, because 53 dusk scenes left the wrong-verdict comparison open there: another draw, nothing retuned.
+# Run after seed0.json: 53 dusk scenes left the wrong-verdict comparison open there. Another draw, nothing retuned.
 SHIPPED_SEED = 1
 SHIPPED_N = 1920
 METRICS = ("unsafe_refused", "safe_answered", "balanced_accuracy", "garbled")
