@@ -115,6 +115,8 @@ def _choose(x: Tensor, ids: Tensor | None, rows: Rows, key: DrawKey | None, stat
     """Apply temperature, top_k, top_p and min_p, then draw."""
     if rows.any_temperature:
         x = x / rows.temperature
+        # Before the filters: from an infinite maximum they would make a row with nothing in it.
+        status = _first(status, _status_of_best(x.amax(-1)))
     if rows.max_top_k:
         x, ids = _compact(x, ids, _at_least(x, _kth_best(x, rows.top_k, rows.max_top_k)))
     if rows.any_top_p:

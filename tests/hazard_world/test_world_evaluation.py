@@ -11,7 +11,7 @@ from safecode_kernels.bitmask import unpack_mask
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.hazard_world import demo_scenes, load_tuned, load_world, run_evaluation, save_tuned
 from safecode_mllm.hazard_world.arms import Arm, controlled_verdicts, make_arms, make_controls, opposite, random_tokens
-from safecode_mllm.hazard_world.bench import Bench, make_bench
+from safecode_mllm.hazard_world.bench import Bench, make_bench, other_rows
 from safecode_mllm.hazard_world.comparisons import compare
 from safecode_mllm.hazard_world.render import render
 from safecode_mllm.hazard_world.splits import draw_items
@@ -162,3 +162,12 @@ def test_tuned_settings_are_kept_beside_the_weights(tmp_path) -> None:
     save_tuned(Sweep([best], [best], 0.7, best), tmp_path)
     assert load_tuned(tmp_path) == best.config()
     assert load_tuned(tmp_path / "elsewhere") is None
+
+
+def test_the_other_scene_is_another_and_not_always_of_the_same_kind() -> None:
+    items = draw_items("test", 480, 0)
+    others = other_rows(480, 0)
+    assert sorted(others) == list(range(480))
+    assert all(row != other for row, other in enumerate(others))
+    same = sum(items[row].scene.activity == items[other].scene.activity for row, other in enumerate(others))
+    assert same < 480 / 6, "with twelve activities a random other scene shares one in twelve times"

@@ -80,8 +80,9 @@ def test_decode_step_never_reads_a_noised_logit_it_does_not_need(bad):
     )
 
 
-def test_decode_step_temperature_overflow_is_infinite():
-    result = sk.decode_step(row(1e38, 0.0), None, sampling(temperature=1e-3), seeds=0)
+@pytest.mark.parametrize("filters", [{}, {"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.5}, {"top_p": 0.9, "min_p": 1.0}])
+def test_decode_step_temperature_overflow_is_infinite(filters: dict[str, float]):
+    result = sk.decode_step(row(1e38, 0.0), None, sampling(temperature=1e-3, **filters), seeds=0)
     assert (int(result.status), int(result.token)) == (Status.INFINITE, 0)
 
 

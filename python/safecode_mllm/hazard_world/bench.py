@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from PIL import Image
@@ -106,8 +108,7 @@ class Bench:
         if arm.noised == "same_image":
             request["noised_image"] = self.images[row]
         elif arm.noised == "other_scene":
-            # Half the list away lies another scene with the same truth but, as a rule, another activity and place.
-            request["noised_image"] = self.images[(row + len(self.images) // 2) % len(self.images)]
+            request["noised_image"] = self.images[other_rows(len(self.images), self.seed)[row]]
         return request
 
     def _tokens(self, arm: Arm) -> RefusalTokens | None:
@@ -119,6 +120,15 @@ class Bench:
         special = set(tokenizer.all_special_ids)
         ordinary = [token for token in range(vocab_size) if token not in special]
         return random_tokens(refusal_tokens(tokenizer, vocab_size, kind), ordinary, vocab_size, self.seed)
+
+
+@cache
+def other_rows(n: int, seed: int) -> list[int]:
+    """Return for each of n rows another row, drawn without regard to what is in it; never the row itself if n > 1."""
+    order = list(range(n))
+    random.Random(f"others/{seed}").shuffle(order)
+    following = dict(zip(order, order[1:] + order[:1], strict=True))
+    return [following[row] for row in range(n)]
 
 
 def make_bench(

@@ -171,9 +171,7 @@ def run_evaluation(
     _check_names(only, [arm.name for arm in (*arms, *extra)])
     bench = make_bench(model, processor, n=n, seed=seed, split=split, batch_size=batch_size)
     chosen = [arm for arm in (*arms, *extra) if only is None or arm.name in only]
-    results: dict[str, MethodResult] = {}
-    for index, arm in enumerate(chosen):
-        results[arm.name] = _run_arm(bench, arm, resamples, _share_of(progress, index, len(chosen), arm.name))
+    results = _run_arms(bench, chosen, resamples, progress)
     outcomes = {name: result.outcomes for name, result in results.items()}
     control_names = [arm.name for arm in extra]
     broken = {name: result for name, result in results.items() if name in control_names}
@@ -222,10 +220,13 @@ def demo_scenes(
     ]
 
 
-def _run_arm(bench: Bench, arm: Arm, resamples: int, progress: Callable[[int, int], None] | None) -> MethodResult:
-    start = time.perf_counter()
-    outcomes = bench.outcomes(arm, progress)
-    return _score(bench, outcomes, resamples, time.perf_counter() - start)
+def _run_arms(bench: Bench, arms: Sequence[Arm], resamples: int, progress: Progress | None) -> dict[str, MethodResult]:
+    results: dict[str, MethodResult] = {}
+    for index, arm in enumerate(arms):
+        start = time.perf_counter()
+        outcomes = bench.outcomes(arm, _share_of(progress, index, len(arms), arm.name))
+        results[arm.name] = _score(bench, outcomes, resamples, time.perf_counter() - start)
+    return results
 
 
 def _score(bench: Bench, outcomes: list[Outcome], resamples: int, seconds: float) -> MethodResult:
