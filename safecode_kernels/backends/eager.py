@@ -115,6 +115,7 @@ def _choose(x: Tensor, ids: Tensor | None, rows: Rows, key: DrawKey | None, stat
     """Apply temperature, top_k, top_p and min_p, then draw."""
     if rows.any_temperature:
         x = x / rows.temperature
+        status = _first(status, Status.INFINITE, x == math.inf)
     if rows.max_top_k:
         x, ids = _compact(x, ids, _at_least(x, _kth_best(x, rows.top_k, rows.max_top_k)))
     if rows.any_top_p:

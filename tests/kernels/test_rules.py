@@ -81,8 +81,9 @@ def test_decode_step_never_reads_a_noised_logit_it_does_not_need(bad):
 
 
 def test_decode_step_temperature_overflow_is_infinite():
-    result = sk.decode_step(row(1e38, 0.0), None, sampling(temperature=1e-3), seeds=0)
-    assert (int(result.status), int(result.token)) == (Status.INFINITE, 0)
+    for filters in ({}, {"top_p": 0.5}, {"top_k": 1}, {"min_p": 0.1}):
+        result = sk.decode_step(row(1e38, 0.0), None, sampling(temperature=1e-3, **filters), seeds=0)
+        assert (int(result.status), int(result.token)) == (Status.INFINITE, 0)
 
 
 def test_decode_step_tolerates_masking_with_the_least_finite_number():
