@@ -79,9 +79,7 @@ inline auto with_format(DType dtype, Function&& function) {
 // ---- scan ----
 
 template <class Format>
-constexpr int32_t lowest_finite_rank() {
-  return -(int32_t{1} << (Format::kSignShift - 1)) * 2 + 1;  // one above that of -inf
-}
+constexpr auto kExcludedRank = static_cast<typename Format::Rank>(int64_t{-1} * (int64_t{1} << Format::kSignShift));
 
 // The smallest rank whose logit is gathered, given the floor. `is_gathered` is monotone in the logit.
 template <class Format>
@@ -91,7 +89,7 @@ int32_t least_gathered_rank(const Gather& gather, float floor) {
     return is_gathered(Format::value(Format::bits(static_cast<Rank>(rank))), gather.raise, floor);
   };
   // Ranks below `low` are not gathered, `high` is: gallop away from the guess, then halve what is left.
-  int64_t low = lowest_finite_rank<Format>();
+  int64_t low = kExcludedRank<Format> + int64_t{1};
   int64_t high = Format::rank(Format::kInfinityBits);
   int64_t guess = Format::rank(Format::nearest_below(floor - gather.raise));
   guess = guess < low ? low : guess > high ? high : guess;
@@ -128,64 +126,82 @@ int32_t least_gathered_rank(const Gather& gather, float floor) {
 }
 
 template <class Format>
-inline void append_hits(const typename Format::Bits* logits, int64_t n, int64_t first_token,
-                        const typename Format::Rank* lanes, Scan& scan) {
-  const auto least = static_cast<typename Format::Rank>(scan.least_rank);
-  uint8_t hit[kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane) hit[lane] = lanes[lane] >= least;
-  for (int64_t eight = 0; eight < kLanes; eight += 8) {
-    uint64_t any;
-    memcpy(&any, hit + eight, 8);
-    if (!any) continue;
-    for (int64_t lane = eight; lane < eight + 8; ++lane) {
-      if (!hit[lane]) continue;
-      for (int64_t i = lane; i < n; i += kLanes) {
-        if (Format::rank(logits[i]) < least) continue;
-        scan.tokens[scan.size] = static_cast<int32_t>(first_token + i);
-        scan.logits[scan.size] = Format::value(logits[i]);
-        ++scan.size;
-      }
-    }
-  }
-}
-
-template <class Format>
-inline typename Format::Rank lane_maxima(const typename Format::Bits* logits, int64_t n, typename Format::Rank* lanes) {
-  using Rank = typename Format::Rank;
-  constexpr Rank kLowest = static_cast<Rank>(lowest_finite_rank<Format>() - 1);
-  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = kLowest;
+inline void lane_maxima(const typename Format::Bits* logits, int64_t n, typename Format::Rank* lanes) {
+  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = kExcludedRank<Format>;
   const int64_t whole = n - n % kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
     for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = larger(lanes[lane], Format::rank(logits[i + lane]));
   }
   for (int64_t i = whole; i < n; ++i) lanes[i - whole] = larger(lanes[i - whole], Format::rank(logits[i]));
-  Rank top = kLowest;
+}
+
+template <class Format>
+inline typename Format::Rank largest_lane(const typename Format::Rank* lanes) {
+  typename Format::Rank top = kExcludedRank<Format>;
   for (int64_t lane = 0; lane < kLanes; ++lane) top = larger(top, lanes[lane]);
   return top;
+}
+
+// One byte per lane: whether it holds a candidate. Returns whether any does.
+template <class Format>
+inline bool find_hits(const typename Format::Rank* lanes, int32_t least_rank, uint64_t (&hits)[kLanes / 8]) {
+  const auto least = static_cast<typename Format::Rank>(least_rank);
+  uint8_t hit[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) hit[lane] = lanes[lane] >= least;
+  memcpy(hits, hit, sizeof(hits));
+  uint64_t any = 0;
+  for (const uint64_t eight : hits) any |= eight;
+  return any != 0;
+}
+
+template <class Format>
+inline void append(const typename Format::Bits* logits, int64_t n, int64_t first_token,
+                   const uint64_t (&hits)[kLanes / 8], Scan& scan) {
+  using Rank = typename Format::Rank;
+  const float least = Format::value(Format::bits(static_cast<Rank>(scan.least_rank)));
+  int32_t* tokens = scan.tokens;
+  float* values = scan.logits;
+  int64_t size = scan.size;
+  for (int64_t eight = 0; eight < kLanes / 8; ++eight) {
+    if (!hits[eight]) continue;
+    uint8_t hit[8];
+    memcpy(hit, hits + eight, 8);
+    for (int64_t lane = 0; lane < 8; ++lane) {
+      if (!hit[lane]) continue;
+      for (int64_t i = 8 * eight + lane; i < n; i += kLanes) {  // no branch: it would be mispredicted at every candidate
+        const float value = Format::value(logits[i]);
+        tokens[size] = static_cast<int32_t>(first_token + i);
+        values[size] = value;
+        size += value >= least;
+      }
+    }
+  }
+  scan.size = size;
 }
 
 template <class Format>
 int64_t scan_format(const LogitRow& row, int64_t begin, Scan& scan) {
   using Rank = typename Format::Rank;
   const auto* logits = static_cast<const typename Format::Bits*>(row.data);
-  while (begin < row.size) {
-    const int64_t n = row.size - begin < kScanChunk ? row.size - begin : kScanChunk;
-    if (scan.capacity - scan.size < n) return begin;
+  for (int64_t n; begin < row.size; begin += n) {
+    n = row.size - begin < kScanChunk ? row.size - begin : kScanChunk;
     Rank lanes[kLanes];
-    const Rank top = lane_maxima<Format>(logits + begin, n, lanes);
-    if (top >= scan.least_rank) {
-      if (top > Format::rank(Format::kInfinityBits)) {
-        scan.found_nan = true;
-        return row.size;
-      }
-      const float best = Format::value(Format::bits(top));
-      if (best > scan.best) {
-        scan.best = best;
-        scan.least_rank = least_gathered_rank<Format>(scan.gather, scan.gather.floor(best));
-      }
-      append_hits<Format>(logits + begin, n, begin, lanes, scan);
+    uint64_t hits[kLanes / 8];
+    lane_maxima<Format>(logits + begin, n, lanes);
+    if (!find_hits<Format>(lanes, scan.least_rank, hits)) continue;
+    if (scan.capacity - scan.size <= n) return begin;
+    const Rank top = largest_lane<Format>(lanes);
+    if (top > Format::rank(Format::kInfinityBits)) {
+      scan.found_nan = true;
+      return row.size;
     }
-    begin += n;
+    const float best = Format::value(Format::bits(top));
+    if (best > scan.best) {
+      scan.best = best;
+      scan.least_rank = least_gathered_rank<Format>(scan.gather, scan.gather.floor(best));
+      find_hits<Format>(lanes, scan.least_rank, hits);
+    }
+    append<Format>(logits + begin, n, begin, hits, scan);
   }
   return begin;
 }
@@ -198,7 +214,7 @@ void start_scan(DType dtype, Scan& scan) {
   scan.best = -kInfinity;
   scan.found_nan = false;
   scan.size = 0;
-  scan.least_rank = with_format(dtype, [](auto format) { return lowest_finite_rank<decltype(format)>(); });
+  scan.least_rank = with_format(dtype, [](auto format) { return kExcludedRank<decltype(format)> + int32_t{1}; });
 }
 
 // ---- whole rows ----
@@ -208,7 +224,8 @@ float widen_format(const void* data, int64_t begin, int64_t n, float* out) {
   using Rank = typename Format::Rank;
   const auto* logits = static_cast<const typename Format::Bits*>(data) + begin;
   Rank lanes[kLanes];
-  const Rank top = lane_maxima<Format>(logits, n, lanes);
+  lane_maxima<Format>(logits, n, lanes);
+  const Rank top = largest_lane<Format>(lanes);
   for (int64_t i = 0; i < n; ++i) out[i] = Format::value(logits[i]);
   if (top > Format::rank(Format::kInfinityBits)) return __builtin_nanf("");
   return Format::value(Format::bits(top));

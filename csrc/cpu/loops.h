@@ -8,7 +8,7 @@
 
 namespace safecode::cpu {
 
-constexpr int64_t kScanChunk = 2048;  // logits between two looks at the running threshold
+constexpr int64_t kScanChunk = 512;   // logits between two looks at the running threshold
 constexpr int64_t kGroup = 256;       // tokens whose largest score stands for them in searches
 constexpr int64_t kRaceChunk = 512;   // tokens drawn at a time: bits and bounds stay in the first cache
 

@@ -188,7 +188,10 @@ RowResult decode_row(const RowInput& input, const DrawKey* key, Workspace& work)
     if (!add_bias(all, input, threshold)) return failed(Status::kInfinite);
   }
   Scored scored{all.scores, all.tokens, all.size};
-  if (bias != 0 || (!dense && uses_noised(input))) scored = cut(all, params, work);
+  // With beta 0 only a bias that overflows makes the cut more than a formality.
+  const bool needs_cut =
+      dense ? bias > 0 && loops().maximum(all.clean, all.size) == kInfinity : bias != 0 || uses_noised(input);
+  if (needs_cut) scored = cut(all, params, work);
   return choose(scored, params, params.greedy ? nullptr : key, work);
 }
 
