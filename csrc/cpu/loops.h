@@ -58,6 +58,7 @@ struct Loops {
   void (*start_scan)(DType dtype, Scan& scan);
   // Copies n logits from `begin` on as fp32; returns their maximum, NaN if any is NaN.
   float (*widen)(const LogitRow& row, int64_t begin, int64_t n, float* out);
+  void (*convert)(const LogitRow& row, int64_t begin, int64_t n, float* out);  // the same without the maximum
   // scores = contrast of z and noised. Not gathered: a noised logit that is not finite contributes nothing. A score that
   // is no number below +inf becomes -inf. Returns what it met at gathered tokens.
   uint32_t (*contrast)(const float* z, const float* noised, int64_t n, const ContrastParams& params, float* scores);

@@ -8,6 +8,7 @@ namespace safecode::cpu {
 namespace {
 
 constexpr int64_t kFirstRoom = 4 * kScanChunk;  // candidates that a row may have before the buffer is pruned or grows
+constexpr float kHarmlessBias = 1e30f;          // a sum of this and a finite logit rounds to a finite number
 constexpr int64_t kBlock = 4096;                // tokens whose two logits lie in the first cache at a time
 
 RowResult failed(Status status) { return {0, -kInfinity, 0, status}; }
@@ -38,7 +39,8 @@ float read(const LogitRow& row, int64_t i) {
   return row.dtype == DType::kBFloat16 ? from_bfloat16(bits) : from_float16(bits);
 }
 
-// The row's tokens under consideration: clean logits and scores side by side, tokens null = all of them.
+// The row's tokens under consideration: clean logits and scores side by side, tokens null = all of them, clean null = the
+// cut keeps every token that has a score.
 struct Candidates {
   int32_t* tokens;
   float* clean;
@@ -99,30 +101,40 @@ Candidates gather_candidates(const RowInput& input, Workspace& work) {
   return found;
 }
 
-// Every token of the row, both logits widened and contrasted while they lie in the first cache.
+// fp32 logits [begin, begin + n): where they are, or widened into `buffer`.
+const float* as_float(const LogitRow& row, int64_t begin, int64_t n, float* buffer) {
+  if (row.dtype == DType::kFloat32) return static_cast<const float*>(row.data) + begin;
+  loops().convert(row, begin, n, buffer);
+  return buffer;
+}
+
+// Every token of the row, both logits widened and contrasted while they lie in the first cache. The clean logits are
+// kept only if a bias might push them beyond fp32, since only then the cut looks at them again.
 Candidates gather_all(const RowInput& input, Workspace& work) {
   const Loops& loop = loops();
   const int64_t size = input.clean.size;
-  float* clean = room(work.clean, size);
+  const bool keeps_clean = row_bias(input) > kHarmlessBias;
+  float* clean = room(work.clean, keeps_clean ? size : kBlock);
   float* scores = room(work.scores, size);
-  float* noised = room(work.noised, kBlock);
+  float* noised_buffer = room(work.noised, kBlock);
   const ContrastParams params{input.params.weight, input.params.one_plus_weight, 0.0f, -kLargestFloat};
   float best = -kInfinity;
   uint32_t met = 0;
   for (int64_t i = 0; i < size; i += kBlock) {
     const int64_t n = std::min(kBlock, size - i);
-    const float block_best = loop.widen(input.clean, i, n, clean + i);
+    float* z = uses_noised(input) ? (keeps_clean ? clean + i : clean) : scores + i;
+    const float block_best = loop.widen(input.clean, i, n, z);
     if (!(block_best <= best)) best = block_best;
     if (best != best) return {nullptr, nullptr, nullptr, 0, Status::kNanClean};
     if (uses_noised(input)) {
-      loop.widen(input.noised, i, n, noised);
-      met |= loop.contrast(clean + i, noised, n, params, scores + i);
-    } else {
-      std::copy(clean + i, clean + i + n, scores + i);
+      met |= loop.contrast(z, as_float(input.noised, i, n, noised_buffer), n, params, scores + i);
+    } else if (keeps_clean) {
+      std::copy(z, z + n, clean + i);
     }
   }
   const Status status = status_of_best(best);
-  return {nullptr, clean, scores, size, status == Status::kOk ? status_of_contrast(met) : status};
+  return {nullptr, keeps_clean ? clean : nullptr, scores, size,
+          status == Status::kOk ? status_of_contrast(met) : status};
 }
 
 // Calls function(i) for every candidate in the mask.
@@ -149,7 +161,7 @@ bool add_bias(const Candidates& all, const RowInput& input, float threshold) {
   for_each_refusal(all, input.words, [&](int64_t i) {
     if (!(all.scores[i] >= threshold)) return;
     all.scores[i] += bias;
-    all.clean[i] += bias;
+    if (all.clean) all.clean[i] += bias;
     overflow |= !(all.scores[i] < kInfinity);
   });
   return !overflow;
@@ -189,8 +201,7 @@ RowResult decode_row(const RowInput& input, const DrawKey* key, Workspace& work)
   }
   Scored scored{all.scores, all.tokens, all.size};
   // With beta 0 only a bias that overflows makes the cut more than a formality.
-  const bool needs_cut =
-      dense ? bias > 0 && loops().maximum(all.clean, all.size) == kInfinity : bias != 0 || uses_noised(input);
+  const bool needs_cut = dense ? all.clean && bias != 0 : bias != 0 || uses_noised(input);
   if (needs_cut) scored = cut(all, params, work);
   return choose(scored, params, params.greedy ? nullptr : key, work);
 }
