@@ -22,7 +22,7 @@ LEGAL = ("auto", "on", "off")
 
 def say(text):
     """Tell it to whoever installs; pip shows it with -v or when the build fails."""
-    print(f"safecode-kernels: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"safecode-kernels: {text}\n")
 
 
 def native_extensions():

@@ -1,4 +1,4 @@
-"""The compiled module (csrc/bindings.cpp): addresses and strides in elements; dtype 0, 1, 2 = float32, bfloat16, float16."""
+"""The compiled module (csrc/bindings.cpp): addresses; strides in elements; dtypes 0 float32, 1 bfloat16, 2 float16."""
 
 class Step:
     def __init__(

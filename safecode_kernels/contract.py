@@ -134,8 +134,8 @@ class FastStep(Protocol):
 class Kernels(Protocol):
     """The functions that the module of a back end has. Arguments are already checked; B >= 1 and V >= 1.
 
-    A module may also have `prepare(clean_shape, dtype, rows, refusal_mask, key) -> FastStep`, which PreparedStep then
-    tries first: refusal_mask int32 [M, ceil(V / 32)] or None, key None if no row samples.
+    A module may also have `prepare(clean_shape, dtype, rows, refusal_mask, key, reuse_results) -> FastStep`, which
+    PreparedStep then tries first: refusal_mask int32 [M, ceil(V / 32)] or None, key None if no row samples.
     """
 
     def step(

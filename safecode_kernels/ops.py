@@ -144,6 +144,7 @@ def prepare_step(
     seeds: PerRowId | None = None,
     stream: PerRowId | None = None,
     backend: str = "auto",
+    reuse_results: bool = False,
 ) -> PreparedStep:
     """Return the decode step with everything that stays the same during a generation resolved and checked once.
 
@@ -152,6 +153,8 @@ def prepare_step(
         batch: B >= 0.
         vocab_size: V >= 1.
         device, dtype: of the logits that will come.
+        reuse_results: a call may overwrite the tensors that the call before it returned; saves their allocation, which
+            takes longer than a small step. For callers that are done with a result before the next step.
     """
     _check_int("batch", batch, 0, 2**31 - 1)
     _check_int("vocab_size", vocab_size, 1, 2**31 - 1)
@@ -167,7 +170,7 @@ def prepare_step(
     kernels = chosen.load()
     fast = None
     if batch and hasattr(kernels, "prepare") and (key is not None or not rows.any_sampling):
-        fast = kernels.prepare((batch, vocab_size), dtype, rows, refusal_mask, key)
+        fast = kernels.prepare((batch, vocab_size), dtype, rows, refusal_mask, key, reuse_results)
     return PreparedStep(batch, vocab_size, device, dtype, chosen.name, rows, refusal_mask, key, kernels, fast)
 
 

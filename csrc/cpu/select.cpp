@@ -25,6 +25,15 @@ Scored keep_at_least(const Scored& scored, float floor, Workspace& work) {
   return kept;
 }
 
+// A superset of what top_k keeps, found before the division by the temperature, so that only these few are divided.
+// The division could make equal what differs by an ulp, so the floor lies lower; where it could also underflow, all stay.
+Scored drop_hopeless(const Scored& scored, const RowParams& params, Workspace& work) {
+  const float floor = kth_best(scored.scores, scored.size, params.top_k, work.spare);
+  const bool safe = params.temperature > 0x1p-10f && params.temperature < 0x1p10f && std::fabs(floor) > 1e-30f;
+  if (!safe || floor == -kInfinity) return scored;
+  return keep_at_least(scored, floor - std::fabs(floor) * 0x1p-20f, work);
+}
+
 struct Entry {
   float score;
   int32_t token;
@@ -122,6 +131,7 @@ float kth_best(const float* x, int64_t n, int64_t k, std::vector<float>& spare) 
 
 RowResult choose(Scored scored, const RowParams& params, const DrawKey* key, Workspace& work) {
   const Loops& loop = loops();
+  if (params.top_k > 0 && scored.size > kSortAtOnce) scored = drop_hopeless(scored, params, work);
   if (params.temperature != 1.0f) {
     loop.divide(scored.scores, scored.size, params.temperature);
     if (loop.maximum(scored.scores, scored.size) == kInfinity) return {0, -kInfinity, 0, Status::kInfinite};

@@ -47,7 +47,10 @@ def scores(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask |
         NULL if noised is None else noised.data_ptr(),
         0 if noised is None else noised.stride(0),
         NULL if mask_id is None else mask_id.data_ptr(),
-        *(tensor.data_ptr() for tensor in out),
+        out.scores.data_ptr(),
+        out.biased_clean.data_ptr(),
+        out.keep.data_ptr(),
+        out.status.data_ptr(),
         _threads(clean.shape, clean.dtype),
     )
     return out
@@ -73,17 +76,25 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
         NULL if seeds is None else seeds.data_ptr(),
         NULL if stream is None else stream.data_ptr(),
         0 if key is None else key.step,
-        *(tensor.data_ptr() for tensor in result),
+        result.token.data_ptr(),
+        result.logprob.data_ptr(),
+        result.n_kept.data_ptr(),
+        result.status.data_ptr(),
         _threads(scores.shape, scores.dtype),
     )
     return result
 
 
 def prepare(
-    clean_shape: tuple[int, int], dtype: torch.dtype, rows: Rows, refusal_mask: Tensor | None, key: DrawKey | None
+    clean_shape: tuple[int, int],
+    dtype: torch.dtype,
+    rows: Rows,
+    refusal_mask: Tensor | None,
+    key: DrawKey | None,
+    reuse_results: bool,
 ) -> NativeStep:
     """Return the decode step for logits of this shape and dtype with everything else resolved."""
-    return NativeStep(clean_shape, dtype, rows, refusal_mask, key)
+    return NativeStep(clean_shape, dtype, rows, refusal_mask, key, reuse_results)
 
 
 class NativeStep:
@@ -96,6 +107,7 @@ class NativeStep:
         rows: Rows,
         refusal_mask: Tensor | None,
         key: DrawKey | None,
+        reuse_results: bool = False,
     ):
         self._shape = torch.Size(clean_shape)
         self._dtype = dtype
@@ -103,7 +115,9 @@ class NativeStep:
         self._native = _native_step(self._shape, dtype, rows, self._words, key)
         self._n_masks = 0 if refusal_mask is None else len(refusal_mask)
         self._threaded = _is_large(self._shape, dtype)
+        self._mask_shape = self._shape[:1]
         self._ready: list[tuple[StepResult, int, int, int, int]] = []
+        self._reused = self._allocate(1)[0] if reuse_results else None
 
     def __call__(self, clean: Tensor, noised: Tensor | None, mask_id: object, step: int) -> StepResult | None:
         """Return one token per row; None for anything but plain tensors exactly as prepared."""
@@ -126,16 +140,12 @@ class NativeStep:
         if mask_id is not None:
             if type(mask_id) is not Tensor or mask_id.dtype is not torch.int64 or not mask_id.is_cpu:
                 return None
-            if self._words is None or mask_id.shape != self._shape[:1] or not mask_id.is_contiguous():
+            if self._words is None or mask_id.shape != self._mask_shape or not mask_id.is_contiguous():
                 return None
             mask_address = mask_id.data_ptr()
         elif self._n_masks > 1:
             return None
-        try:
-            result, token, logprob, n_kept, status = self._ready.pop()
-        except IndexError:
-            self._ready = self._allocate()
-            result, token, logprob, n_kept, status = self._ready.pop()
+        result, token, logprob, n_kept, status = self._reused or self._next()
         served = self._native.decode(
             clean.data_ptr(),
             clean_stride,
@@ -151,13 +161,19 @@ class NativeStep:
         )
         return result if served else None
 
-    def _allocate(self) -> list[tuple[StepResult, int, int, int, int]]:
-        """Return results for the next steps with their addresses; each is handed out once and never written again."""
-        batch = self._shape[0]
+    def _next(self) -> tuple[StepResult, int, int, int, int]:
+        """Return a result that was never handed out, with its addresses."""
+        try:
+            return self._ready.pop()
+        except IndexError:
+            self._ready = self._allocate(STEPS_PER_ALLOCATION)
+            return self._ready.pop()
+
+    def _allocate(self, steps: int) -> list[tuple[StepResult, int, int, int, int]]:
         kinds = (torch.int64, torch.float32, torch.int32, torch.int32)
-        columns = [torch.empty(STEPS_PER_ALLOCATION, batch, dtype=kind).unbind(0) for kind in kinds]
+        columns = [torch.empty(steps, self._shape[0], dtype=kind).unbind(0) for kind in kinds]
         return [
-            (StepResult(*tensors), *(tensor.data_ptr() for tensor in tensors))  # type: ignore[misc]
+            (StepResult(*tensors), *(tensor.data_ptr() for tensor in tensors))
             for tensors in zip(*columns, strict=True)
         ]
 
@@ -178,8 +194,8 @@ def _native_step(
         rows.log_min_p,
         rows.greedy,
     )
-    columns = tuple(column.contiguous() for column in columns)
-    native = _native.Step(DTYPE_CODES[dtype], batch, vocab_size, *(column.data_ptr() for column in columns))
+    held = [column.contiguous() for column in columns]  # until native memory has its copies
+    native = _native.Step(DTYPE_CODES[dtype], batch, vocab_size, *(column.data_ptr() for column in held))
     if words is not None:
         native.set_masks(words.data_ptr(), len(words))
     if key is not None:

@@ -34,7 +34,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _settings(request, monkeypatch):
-    """The fixture `backend` says what "auto" stands for, if a test has it; the environment of whoever runs it does not."""
+    """What "auto" stands for is said by the fixture `backend`, if a test has it, and never by the environment."""
     monkeypatch.delenv("SAFECODE_KERNELS_BACKEND", raising=False)
     monkeypatch.delenv("SAFECODE_REQUIRE", raising=False)
     if "backend" in request.fixturenames:

@@ -1,4 +1,4 @@
-"""Every other back end against the eager one, over sizes, dtypes, layouts and awkward rows: the same tokens, exactly."""
+"""Every other back end against the eager one, over sizes, dtypes, layouts and awkward rows: exactly its tokens."""
 
 from __future__ import annotations
 
@@ -119,7 +119,19 @@ def transposed(case: Case) -> Case:
     return replace(case, clean=case.clean.T.contiguous().T, noised=case.noised.T.contiguous().T)
 
 
-KINDS = (flat, ties, all_equal, negative, mostly_excluded, broken, no_masks, full_masks, no_noised, wide_rows, transposed)
+KINDS = (
+    flat,
+    ties,
+    all_equal,
+    negative,
+    mostly_excluded,
+    broken,
+    no_masks,
+    full_masks,
+    no_noised,
+    wide_rows,
+    transposed,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

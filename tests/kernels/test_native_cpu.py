@@ -98,6 +98,15 @@ def test_results_of_earlier_steps_are_never_overwritten():
         assert result.token.equal(step(case.clean, case.noised, mask_id=case.mask_id, step=i).token)
 
 
+def test_reused_results_hold_the_newest_step():
+    case = make_case(7, batch=3, vocab_size=500)
+    fresh, reusing = prepared(case), prepared(case, reuse_results=True)
+    for i in range(5):
+        call = {"mask_id": case.mask_id, "step": i}
+        result = reusing(case.clean, case.noised, **call)
+        assert all(a.equal(b) for a, b in zip(result, fresh(case.clean, case.noised, **call), strict=True))
+
+
 def test_prepared_step_takes_what_the_fast_way_does_not():
     case = make_case(8, batch=4, vocab_size=300)
     step = prepared(case)
