@@ -170,7 +170,11 @@ bool add_bias(const Candidates& all, const RowInput& input, float threshold) {
 // Largest biased clean logit of the tokens that have a score.
 float best_allowed(const float* biased_clean, const float* scores, int64_t n) {
   float best = -kInfinity;
-  for (int64_t i = 0; i < n; ++i) best = scores[i] > -kInfinity && biased_clean[i] > best ? biased_clean[i] : best;
+#pragma omp simd reduction(max : best)
+  for (int64_t i = 0; i < n; ++i) {
+    const float allowed = scores[i] > -kInfinity ? biased_clean[i] : -kInfinity;
+    best = allowed > best ? allowed : best;
+  }
   return best;
 }
 
