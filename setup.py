@@ -56,6 +56,7 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.unlink(missing_ok=True)  # a failed build must not ship the module of an earlier one
         build = Path(self.build_temp).resolve() / "native"
         build.mkdir(parents=True, exist_ok=True)
         (build / "CMakeCache.txt").unlink(missing_ok=True)  # it may name a compiler or interpreter that is gone
