@@ -173,8 +173,7 @@ class NativeStep:
         kinds = (torch.int64, torch.float32, torch.int32, torch.int32)
         columns = [torch.empty(steps, self._shape[0], dtype=kind).unbind(0) for kind in kinds]
         return [
-            (StepResult(*tensors), *(tensor.data_ptr() for tensor in tensors))
-            for tensors in zip(*columns, strict=True)
+            (StepResult(*tensors), *(tensor.data_ptr() for tensor in tensors)) for tensors in zip(*columns, strict=True)
         ]
 
 
