@@ -11,6 +11,7 @@ BENCH_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+NATIVE := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) $(PYTEST_FLAGS)
 LINTED := safecode_kernels python tests benchmarks scripts setup.py
 
@@ -24,7 +25,7 @@ help: ## print this list
 venv: $(INSTALLED) ## create the environment, or update it after a change of its versions
 
 # The torch pin must reach pip: an open range would pull a CUDA build of several gigabytes. __init__.py holds the version.
-$(INSTALLED): pyproject.toml setup.py constraints.txt safecode_kernels/__init__.py
+$(INSTALLED): pyproject.toml setup.py constraints.txt safecode_kernels/__init__.py $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
 	@echo "Installing into $(VENV); the first time this takes a few minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -123,8 +123,20 @@ class DrawKey(NamedTuple):
     step: int
 
 
+class FastStep(Protocol):
+    """A decode step with everything resolved that stays the same during a generation."""
+
+    def __call__(self, clean: Tensor, noised: Tensor | None, mask_id: object, step: int) -> StepResult | None:
+        """Return the result; None, with nothing computed, for arguments that need the checked way or its error."""
+        ...
+
+
 class Kernels(Protocol):
-    """The functions that the module of a back end has. Arguments are already checked; B >= 1 and V >= 1."""
+    """The functions that the module of a back end has. Arguments are already checked; B >= 1 and V >= 1.
+
+    A module may also have `prepare(clean_shape, dtype, rows, refusal_mask, key, reuse_results) -> FastStep`, which
+    PreparedStep then tries first: refusal_mask int32 [M, ceil(V / 32)] or None, key None if no row samples.
+    """
 
     def step(
         self, clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | None, key: DrawKey | None

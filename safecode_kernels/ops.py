@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .backends import eager
 from .bitmask import words_per_row
-from .contract import LOGIT_DTYPES, DrawKey, Kernels, RefusalMask, Rows, StepResult, StepScores
+from .contract import LOGIT_DTYPES, DrawKey, FastStep, Kernels, RefusalMask, Rows, StepResult, StepScores
 from .errors import ArgumentError, ArgumentTypeError
 from .params import StepParams, resolve_rows
 from .registry import resolve
@@ -144,6 +144,7 @@ def prepare_step(
     seeds: PerRowId | None = None,
     stream: PerRowId | None = None,
     backend: str = "auto",
+    reuse_results: bool = False,
 ) -> PreparedStep:
     """Return the decode step with everything that stays the same during a generation resolved and checked once.
 
@@ -152,6 +153,8 @@ def prepare_step(
         batch: B >= 0.
         vocab_size: V >= 1.
         device, dtype: of the logits that will come.
+        reuse_results: a call may overwrite the tensors that the call before it returned; saves their allocation, which
+            takes longer than a small step. For callers that are done with a result before the next step.
     """
     _check_int("batch", batch, 0, 2**31 - 1)
     _check_int("vocab_size", vocab_size, 1, 2**31 - 1)
@@ -164,7 +167,11 @@ def prepare_step(
         raise ArgumentError("refusal_bias is not 0 but refusal_mask is None: give pack_masks(...) or refusal_bias=0")
     key = _draw_key(seeds, stream, 0, batch, device) if rows.any_sampling and seeds is not None else None
     chosen = resolve(backend, device=device, dtype=dtype)
-    return PreparedStep(batch, vocab_size, device, dtype, chosen.name, rows, refusal_mask, key, chosen.load())
+    kernels = chosen.load()
+    fast = None
+    if batch and hasattr(kernels, "prepare") and (key is not None or not rows.any_sampling):
+        fast = kernels.prepare((batch, vocab_size), dtype, rows, refusal_mask, key, reuse_results)
+    return PreparedStep(batch, vocab_size, device, dtype, chosen.name, rows, refusal_mask, key, kernels, fast)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,11 +187,16 @@ class PreparedStep:
     refusal_mask: Tensor | None
     key: DrawKey | None
     kernels: Kernels
+    fast: FastStep | None = None
 
     def __call__(
         self, clean: Tensor, noised: Tensor | None = None, *, mask_id: PerRowId | None = None, step: int = 0
     ) -> StepResult:
         """Return one token per row; see decode_step."""
+        if self.fast is not None:
+            result = self.fast(clean, noised, mask_id, step)
+            if result is not None:
+                return result
         mask = self._check(clean, noised, mask_id)
         _check_step(step)
         if self.rows.any_sampling and self.key is None:

@@ -50,7 +50,23 @@ class Backend:
         return cast(Kernels, importlib.import_module(self.module))
 
 
+def _probe_native_cpu() -> str | None:
+    try:
+        importlib.import_module("safecode_kernels._native")
+    except ImportError as error:
+        return f"its compiled module is missing ({error}); install with SAFECODE_NATIVE=on to see why it is not built"
+    return None
+
+
 _BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        name="native_cpu",
+        module="safecode_kernels.backends.native_cpu",
+        devices=("cpu",),
+        dtypes=LOGIT_DTYPES,
+        priority=10,
+        probe=_probe_native_cpu,
+    ),
     Backend(
         name="eager",
         module="safecode_kernels.backends.eager",

@@ -196,6 +196,30 @@ def assert_step_matches_oracle(case: Case, actual: StepResult) -> int:
     return len(rows)
 
 
+def assert_step_equals(case: Case, actual: StepResult, expected: StepResult) -> int:
+    """Raise AssertionError unless two back ends agree: equal but for the rows that rounding decides; return how many.
+
+    Args:
+        case: what both were run on.
+        actual, expected: their results.
+    """
+    _assert_equal("status", actual.status, expected.status)
+    wrong = (actual.token != expected.token) | (actual.n_kept != expected.n_kept)
+    rows = wrong.nonzero().flatten().tolist()
+    clear = [row for row, excused in zip(rows, _excuses(case, rows), strict=True) if not excused]
+    assert not clear, f"rows {clear} differ: tokens {actual.token[clear].tolist()}, {expected.token[clear].tolist()}"
+    allowed = max(1, int(MAX_AMBIGUOUS_SHARE * case.batch))
+    assert len(rows) <= allowed, f"{len(rows)} of {case.batch} rows are decided by rounding; allowed: {allowed}"
+    fine = ~wrong & (expected.status == Status.OK)
+    error = (actual.logprob - expected.logprob)[fine].abs()
+    assert (error <= LOGPROB_ATOL).all(), f"logprob differs by {error.max():.2e}; allowed: {LOGPROB_ATOL}"
+    return len(rows)
+
+
+def _excuses(case: Case, rows: list[int]) -> list[bool]:
+    return _decided_by_rounding(case.select(rows)) if rows else []
+
+
 def assert_scores_match_oracle(case: Case, actual: StepScores) -> None:
     """Raise AssertionError unless `actual` is the oracle's scores up to float32 rounding."""
     expected = oracle_scores(case)

@@ -1,10 +1,14 @@
-"""Settings of the kernel tests: one thread, and hypothesis examples that are the same in every run."""
+"""Settings of the kernel tests: one thread, each back end in turn, and hypothesis examples that are always the same."""
 
 from __future__ import annotations
+
+import os
 
 import hypothesis
 import pytest
 import torch
+
+import safecode_kernels as sk
 
 # No shrinking: it takes minutes on a wrong kernel, and the smallest failing tensor says little more than the first.
 hypothesis.settings.register_profile(
@@ -16,6 +20,9 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fixed")
 
+# Read before the tests hide it from the code under test: what it names may not be skipped.
+REQUIRED = {name.strip() for name in os.environ.get("SAFECODE_REQUIRE", "").split(",") if name.strip()}
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -26,7 +33,26 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True)
-def _no_settings(monkeypatch):
-    """The environment of whoever runs the tests must not choose the back end."""
+def _settings(request, monkeypatch):
+    """What "auto" stands for is said by the fixture `backend`, if a test has it, and never by the environment."""
     monkeypatch.delenv("SAFECODE_KERNELS_BACKEND", raising=False)
     monkeypatch.delenv("SAFECODE_REQUIRE", raising=False)
+    if "backend" in request.fixturenames:
+        monkeypatch.setenv("SAFECODE_KERNELS_BACKEND", request.getfixturevalue("backend"))
+
+
+def usable_or_skip(name: str) -> str:
+    """Return the name of a back end; skip the test if it cannot run here, fail if SAFECODE_REQUIRE names it."""
+    record = next(record for record in sk.list_backends() if record.name == name)
+    reason = record.supports(torch.device("cpu"), torch.float32)
+    if reason and name in REQUIRED:
+        pytest.fail(f"SAFECODE_REQUIRE names {name}, which cannot run: {reason}")
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    return name
+
+
+@pytest.fixture(scope="session", params=[record.name for record in sk.list_backends()])
+def backend(request):
+    """The name of each back end in turn."""
+    return usable_or_skip(request.param)

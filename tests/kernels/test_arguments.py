@@ -8,6 +8,8 @@ import torch
 import safecode_kernels as sk
 from safecode_kernels import ArgumentError, ArgumentTypeError, StepParams
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 Z = torch.zeros(2, 40)
 GREEDY, SAMPLING = StepParams(), StepParams(greedy=False)
 BIASED = StepParams(refusal_bias=1.0)

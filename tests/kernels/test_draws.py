@@ -11,6 +11,8 @@ import safecode_kernels as sk
 from safecode_kernels import StepParams, rng
 from safecode_kernels.testing import CHI_SQUARE_MIN_P, chi_square_p, make_case
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 REAL_VOCAB = 32_064
 LARGE_VOCAB = 152_064
 

@@ -106,9 +106,9 @@ def assert_equal_rows(
 @pytest.mark.parametrize("special_share", [0.0, 0.04, 0.5])
 @settings(max_examples=150)
 @given(data=st.data())
-def test_decode_step_equals_naive_bit_for_bit(data, special_share):
+def test_decode_step_equals_naive_bit_for_bit(backend, data, special_share):
     case = data.draw(cases(special_share))
-    assert_equal_rows(naive_rows(case, np.float32), case.run("eager"), case.run_scores("eager"), LOGPROB_ATOL)
+    assert_equal_rows(naive_rows(case, np.float32), case.run(backend), case.run_scores(backend), LOGPROB_ATOL)
 
 
 @settings(max_examples=100)

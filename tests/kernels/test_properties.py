@@ -14,6 +14,8 @@ import safecode_kernels as sk
 from safecode_kernels import StepParams
 from safecode_kernels.testing import Case, make_case
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 SEEDS = st.integers(0, 2**31 - 1)
 # A batch's widest row decides how a sum is laid out, so a log-probability may move by the rounding of the sum.
 SUM_ATOL = 1e-6

@@ -23,13 +23,16 @@ def fake(name: str, *, priority: int, reason: str | None = None, **fields) -> Ba
 @pytest.fixture
 def three(monkeypatch):
     fast, broken = fake("fast", priority=10), fake("broken", priority=20, reason="its library is missing")
-    monkeypatch.setattr(registry, "_BACKENDS", (*registry._BACKENDS, fast, broken))
+    eager = next(backend for backend in sk.list_backends() if backend.name == "eager")
+    monkeypatch.setattr(registry, "_BACKENDS", (eager, fast, broken))
     monkeypatch.setattr(registry, "_logged", set())
 
 
 def test_only_what_exists_is_listed():
-    assert [backend.name for backend in sk.list_backends()] == ["eager"]
+    assert [backend.name for backend in sk.list_backends()] == ["native_cpu", "eager"]
     for backend in sk.list_backends():
+        if backend.probe() is not None:
+            continue
         functions = backend.load()
         assert callable(functions.step)
         assert callable(functions.scores)
@@ -133,6 +136,14 @@ def test_prepared_step_says_which_backend_it_has():
     assert prepared.backend == "fast"
 
 
+def test_native_cpu_without_its_module_says_so_and_is_passed_over(monkeypatch):
+    monkeypatch.setitem(sys.modules, "safecode_kernels._native", None)
+    assert sk.resolve().name == "eager"
+    assert "its compiled module is missing" in sk.explain().reasons["native_cpu"]
+    with pytest.raises(BackendUnavailable, match="install with SAFECODE_NATIVE=on"):
+        sk.resolve("native_cpu")
+
+
 def run_module(**environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "safecode_kernels"],
@@ -144,7 +155,7 @@ def run_module(**environment: str) -> subprocess.CompletedProcess:
 
 
 def test_module_prints_versions_backends_and_reasons():
-    done = run_module(SAFECODE_REQUIRE="native_cpu")
+    done = run_module(SAFECODE_REQUIRE="no_such_back_end")
     assert done.returncode == 1
     for piece in (f"safecode_kernels {sk.__version__}", f"torch            {torch.__version__}", "eager", "native_cpu"):
         assert piece in done.stdout

@@ -10,6 +10,8 @@ import torch
 import safecode_kernels as sk
 from safecode_kernels import Status, StepParams
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 INF, NAN = math.inf, math.nan
 LEAST = torch.finfo(torch.float32).min
 PLAIN = StepParams(contrast_weight=0, plausibility_beta=0)

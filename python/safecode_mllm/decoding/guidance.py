@@ -102,8 +102,8 @@ class Guidance:
         return self.refusal.masks if self.refusal is not None and any(self.bias) else None
 
     def mask_ids(self) -> Tensor | None:
-        """Return for each row the mask it is biased with now, int32 [R], NO_MASK for none."""
-        return torch.tensor(self.states, dtype=torch.int32) if self.masks() is not None else None
+        """Return for each row the mask it is biased with now, int64 [R], NO_MASK for none."""
+        return torch.tensor(self.states, dtype=torch.int64) if self.masks() is not None else None
 
     def observe(self, tokens: Sequence[int]) -> None:
         """Advance each row's place in the refusal phrases by the token it chose."""

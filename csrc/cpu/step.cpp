@@ -1,0 +1,109 @@
+#include "step.h"
+
+#include "row.h"
+#include "threads.h"
+
+namespace safecode::cpu {
+namespace {
+
+Workspace& workspace() {
+  static thread_local Workspace memory;
+  return memory;
+}
+
+const void* row_at(LogitMatrix logits, DType dtype, int64_t row) {
+  if (!logits.data) return nullptr;
+  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  return static_cast<const char*>(logits.data) + row * logits.row_stride * size;
+}
+
+void store(const RowResult& result, int64_t row, const ResultColumns& out) {
+  out.token[row] = result.token;
+  out.logprob[row] = result.logprob;
+  out.n_kept[row] = result.n_kept;
+  out.status[row] = static_cast<int32_t>(result.status);
+}
+
+}  // namespace
+
+Step::Step(DType dtype, int64_t rows, int64_t vocab_size, const ParamColumns& params)
+    : dtype_(dtype), rows_(rows), vocab_size_(vocab_size), params_(static_cast<size_t>(rows)) {
+  for (int64_t row = 0; row < rows; ++row) {
+    params_[row] = {params.weight[row],      params.one_plus_weight[row], params.bias[row],  params.log_beta[row],
+                    params.temperature[row], params.log_min_p[row],       params.top_p[row], params.scope[row],
+                    params.top_k[row],       params.greedy[row]};
+  }
+}
+
+void Step::set_masks(const int32_t* words, int64_t n_masks) {
+  words_ = words;
+  n_masks_ = n_masks;
+}
+
+void Step::set_key(const int64_t* seeds, const int64_t* streams) {
+  keys_.resize(static_cast<size_t>(rows_));
+  for (int64_t row = 0; row < rows_; ++row) {
+    keys_[row] = {static_cast<uint64_t>(seeds[row]), static_cast<uint32_t>(streams[row]), 0};
+  }
+}
+
+bool Step::legal(const int64_t* mask_ids) const {
+  if (!mask_ids) return true;
+  for (int64_t row = 0; row < rows_; ++row) {
+    if (mask_ids[row] < -1 || mask_ids[row] >= n_masks_) return false;
+  }
+  return true;
+}
+
+const int32_t* Step::words_of(const int64_t* mask_ids, int64_t row) const {
+  const int64_t id = mask_ids ? mask_ids[row] : n_masks_ ? 0 : -1;
+  return id < 0 ? nullptr : words_ + id * ((vocab_size_ + 31) / 32);
+}
+
+bool Step::decode(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, uint64_t step,
+                  const ResultColumns& out, int64_t threads) const {
+  if (!legal(mask_ids)) return false;
+  const auto one_row = [&](int64_t row) {
+    const RowInput input{{row_at(clean, dtype_, row), dtype_, vocab_size_},
+                         {row_at(noised, dtype_, row), dtype_, vocab_size_},
+                         params_[row],
+                         words_of(mask_ids, row)};
+    DrawKey key{};
+    if (!keys_.empty()) key = {keys_[row].seed, keys_[row].stream, step};
+    store(decode_row(input, keys_.empty() ? nullptr : &key, workspace()), row, out);
+  };
+  if (threads > 1) {
+    for_each_row(rows_, threads, one_row);
+  } else {
+    for (int64_t row = 0; row < rows_; ++row) one_row(row);
+  }
+  return true;
+}
+
+bool Step::scores(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, const ScoreMatrices& out,
+                  int64_t threads) const {
+  if (!legal(mask_ids)) return false;
+  for_each_row(rows_, threads, [&](int64_t row) {
+    const RowInput input{{row_at(clean, dtype_, row), dtype_, vocab_size_},
+                         {row_at(noised, dtype_, row), dtype_, vocab_size_},
+                         params_[row],
+                         words_of(mask_ids, row)};
+    const int64_t begin = row * vocab_size_;
+    const Status status =
+        score_row(input, out.scores + begin, out.biased_clean + begin, out.keep + begin, workspace());
+    out.status[row] = static_cast<int32_t>(status);
+  });
+  return true;
+}
+
+void draw(DType dtype, int64_t rows, int64_t vocab_size, LogitMatrix scores, const int64_t* seeds,
+          const int64_t* streams, uint64_t step, const ResultColumns& out, int64_t threads) {
+  for_each_row(rows, threads, [&](int64_t row) {
+    DrawKey key{};
+    if (seeds) key = {static_cast<uint64_t>(seeds[row]), static_cast<uint32_t>(streams[row]), step};
+    const LogitRow logits{row_at(scores, dtype, row), dtype, vocab_size};
+    store(draw_row(logits, seeds ? &key : nullptr, workspace()), row, out);
+  });
+}
+
+}  // namespace safecode::cpu

@@ -1,0 +1,82 @@
+// A batch of rows: what the bindings call.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../decode_step.h"
+
+namespace safecode::cpu {
+
+// [B, V] in memory: row r begins at data + r * row_stride elements. data null: not given.
+struct LogitMatrix {
+  const void* data;
+  int64_t row_stride;
+};
+
+// Columns of one value per row, as safecode_kernels.contract.Rows holds them.
+struct ParamColumns {
+  const float* weight;
+  const float* one_plus_weight;
+  const float* bias;
+  const int64_t* scope;
+  const float* log_beta;
+  const float* temperature;
+  const int64_t* top_k;
+  const double* top_p;
+  const float* log_min_p;
+  const bool* greedy;
+};
+
+struct ResultColumns {
+  int64_t* token;
+  float* logprob;
+  int32_t* n_kept;
+  int32_t* status;
+};
+
+struct ScoreMatrices {
+  float* scores;        // [B, V]
+  float* biased_clean;  // [B, V]
+  uint8_t* keep;        // [B, V]
+  int32_t* status;      // [B]
+};
+
+// Everything about a decode step that stays the same during a generation. Copies what it is given, except the mask words.
+class Step {
+ public:
+  Step(DType dtype, int64_t rows, int64_t vocab_size, const ParamColumns& params);
+
+  // words [n_masks, ceil(V / 32)], contiguous; they must outlive the step.
+  void set_masks(const int32_t* words, int64_t n_masks);
+  void set_key(const int64_t* seeds, const int64_t* streams);
+
+  // mask_ids int64 [B] in [-1, n_masks); null: mask 0 for every row, none if there are no masks. False, and nothing
+  // computed, if a mask id is out of range.
+  bool decode(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, uint64_t step, const ResultColumns& out,
+              int64_t threads) const;
+  bool scores(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, const ScoreMatrices& out,
+              int64_t threads) const;
+
+  int64_t rows() const { return rows_; }
+
+ private:
+  bool legal(const int64_t* mask_ids) const;
+  const int32_t* words_of(const int64_t* mask_ids, int64_t row) const;
+
+  DType dtype_;
+  int64_t rows_, vocab_size_;
+  std::vector<RowParams> params_;
+  const int32_t* words_ = nullptr;
+  int64_t n_masks_ = 0;
+  std::vector<DrawKey> keys_;
+};
+
+// Draws from processed scores [B, V]; seeds null takes the best.
+void draw(DType dtype, int64_t rows, int64_t vocab_size, LogitMatrix scores, const int64_t* seeds,
+          const int64_t* streams, uint64_t step, const ResultColumns& out, int64_t threads);
+
+// Chooses the loops by name ("baseline", "avx2", "avx512"), for tests; false if this processor lacks them.
+bool use_loops(const char* name);
+
+}  // namespace safecode::cpu

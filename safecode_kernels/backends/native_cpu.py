@@ -1,0 +1,218 @@
+"""The decode step in C++ (csrc/cpu): one pass over the clean row, the noised row read at the candidates only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..contract import DrawKey, RefusalMask, Rows, StepResult, StepScores
+from ..rng import MAX_STEP
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Below this many bytes of logits one thread is done before a second one has woken up.
+THREADING_BYTES = 2 * 2**20
+# Results are allocated so many steps at a time: four allocations per step would cost more than a small step.
+STEPS_PER_ALLOCATION = 32
+
+NULL = 0
+
+
+def step(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | None, key: DrawKey | None) -> StepResult:
+    """Score, cut, filter and draw one token per row."""
+    clean, noised = _readable(clean), None if noised is None else _readable(noised)
+    words = None if mask is None else mask.words
+    prepared = NativeStep(clean.shape, clean.dtype, rows, words, key)
+    mask_id = None if mask is None else mask.mask_id.contiguous()
+    result = prepared(clean, noised, mask_id, 0 if key is None else key.step)
+    assert result is not None, "arguments were checked by ops"
+    return result
+
+
+def scores(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | None) -> StepScores:
+    """Return every token's score, biased clean logit and whether it passes the cut."""
+    clean, noised = _readable(clean), None if noised is None else _readable(noised)
+    words = None if mask is None else mask.words.contiguous()
+    native = _native_step(clean.shape, clean.dtype, rows, words, None)
+    mask_id = None if mask is None else mask.mask_id.contiguous()
+    out = StepScores(
+        torch.empty(clean.shape),
+        torch.empty(clean.shape),
+        torch.empty(clean.shape, dtype=torch.bool),
+        torch.empty(len(clean), dtype=torch.int32),
+    )
+    native.scores(
+        clean.data_ptr(),
+        clean.stride(0),
+        NULL if noised is None else noised.data_ptr(),
+        0 if noised is None else noised.stride(0),
+        NULL if mask_id is None else mask_id.data_ptr(),
+        out.scores.data_ptr(),
+        out.biased_clean.data_ptr(),
+        out.keep.data_ptr(),
+        out.status.data_ptr(),
+        _threads(clean.shape, clean.dtype),
+    )
+    return out
+
+
+def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
+    """Draw from processed scores; key None takes the best."""
+    scores = _readable(scores)
+    batch, vocab_size = scores.shape
+    result = StepResult(
+        torch.empty(batch, dtype=torch.int64),
+        torch.empty(batch),
+        torch.empty(batch, dtype=torch.int32),
+        torch.empty(batch, dtype=torch.int32),
+    )
+    seeds, stream = (None, None) if key is None else (key.seeds.contiguous(), key.stream.contiguous())
+    _native.draw(
+        DTYPE_CODES[scores.dtype],
+        batch,
+        vocab_size,
+        scores.data_ptr(),
+        scores.stride(0),
+        NULL if seeds is None else seeds.data_ptr(),
+        NULL if stream is None else stream.data_ptr(),
+        0 if key is None else key.step,
+        result.token.data_ptr(),
+        result.logprob.data_ptr(),
+        result.n_kept.data_ptr(),
+        result.status.data_ptr(),
+        _threads(scores.shape, scores.dtype),
+    )
+    return result
+
+
+def prepare(
+    clean_shape: tuple[int, int],
+    dtype: torch.dtype,
+    rows: Rows,
+    refusal_mask: Tensor | None,
+    key: DrawKey | None,
+    reuse_results: bool,
+) -> NativeStep:
+    """Return the decode step for logits of this shape and dtype with everything else resolved."""
+    return NativeStep(clean_shape, dtype, rows, refusal_mask, key, reuse_results)
+
+
+class NativeStep:
+    """A decode step whose parameters lie in native memory; `contract.FastStep`."""
+
+    def __init__(
+        self,
+        clean_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        rows: Rows,
+        refusal_mask: Tensor | None,
+        key: DrawKey | None,
+        reuse_results: bool = False,
+    ):
+        self._shape = torch.Size(clean_shape)
+        self._dtype = dtype
+        self._words = None if refusal_mask is None else refusal_mask.contiguous()  # native memory points into it
+        self._native = _native_step(self._shape, dtype, rows, self._words, key)
+        self._n_masks = 0 if refusal_mask is None else len(refusal_mask)
+        self._threaded = _is_large(self._shape, dtype)
+        self._mask_shape = self._shape[:1]
+        self._ready: list[tuple[StepResult, int, int, int, int]] = []
+        self._reused = self._allocate(1)[0] if reuse_results else None
+
+    def __call__(self, clean: Tensor, noised: Tensor | None, mask_id: object, step: int) -> StepResult | None:
+        """Return one token per row; None for anything but plain tensors exactly as prepared."""
+        if type(clean) is not Tensor or not clean.is_cpu or clean.dtype is not self._dtype:
+            return None
+        if clean.shape != self._shape or type(step) is not int or not 0 <= step <= MAX_STEP:
+            return None
+        clean_stride, column_stride = clean.stride()
+        if column_stride != 1 and self._shape[1] != 1:
+            return None
+        noised_address, noised_stride = NULL, 0
+        if noised is not None:
+            if type(noised) is not Tensor or not noised.is_cpu or noised.dtype is not self._dtype:
+                return None
+            noised_stride, column_stride = noised.stride()
+            if noised.shape != self._shape or (column_stride != 1 and self._shape[1] != 1):
+                return None
+            noised_address = noised.data_ptr()
+        mask_address = NULL
+        if mask_id is not None:
+            if type(mask_id) is not Tensor or mask_id.dtype is not torch.int64 or not mask_id.is_cpu:
+                return None
+            if self._words is None or mask_id.shape != self._mask_shape or not mask_id.is_contiguous():
+                return None
+            mask_address = mask_id.data_ptr()
+        elif self._n_masks > 1:
+            return None
+        result, token, logprob, n_kept, status = self._reused or self._next()
+        served = self._native.decode(
+            clean.data_ptr(),
+            clean_stride,
+            noised_address,
+            noised_stride,
+            mask_address,
+            step,
+            token,
+            logprob,
+            n_kept,
+            status,
+            torch.get_num_threads() if self._threaded else 1,
+        )
+        return result if served else None
+
+    def _next(self) -> tuple[StepResult, int, int, int, int]:
+        """Return a result that was never handed out, with its addresses."""
+        try:
+            return self._ready.pop()
+        except IndexError:
+            self._ready = self._allocate(STEPS_PER_ALLOCATION)
+            return self._ready.pop()
+
+    def _allocate(self, steps: int) -> list[tuple[StepResult, int, int, int, int]]:
+        kinds = (torch.int64, torch.float32, torch.int32, torch.int32)
+        columns = [torch.empty(steps, self._shape[0], dtype=kind).unbind(0) for kind in kinds]
+        return [
+            (StepResult(*tensors), *(tensor.data_ptr() for tensor in tensors)) for tensors in zip(*columns, strict=True)
+        ]
+
+
+def _native_step(
+    shape: tuple[int, ...], dtype: torch.dtype, rows: Rows, words: Tensor | None, key: DrawKey | None
+) -> _native.Step:
+    batch, vocab_size = shape
+    columns = (
+        rows.weight,
+        rows.one_plus_weight,
+        rows.bias,
+        rows.scope,
+        rows.log_beta,
+        rows.temperature,
+        rows.top_k,
+        rows.top_p,
+        rows.log_min_p,
+        rows.greedy,
+    )
+    held = [column.contiguous() for column in columns]  # until native memory has its copies
+    native = _native.Step(DTYPE_CODES[dtype], batch, vocab_size, *(column.data_ptr() for column in held))
+    if words is not None:
+        native.set_masks(words.data_ptr(), len(words))
+    if key is not None:
+        seeds, stream = key.seeds.contiguous(), key.stream.contiguous()
+        native.set_key(seeds.data_ptr(), stream.data_ptr())
+    return native
+
+
+def _readable(logits: Tensor) -> Tensor:
+    """Return the logits with neighbours of a row side by side: native code knows row strides only."""
+    logits = logits.detach()
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _is_large(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    batch, vocab_size = shape
+    return batch > 1 and batch * vocab_size * dtype.itemsize >= THREADING_BYTES
+
+
+def _threads(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.get_num_threads() if _is_large(shape, dtype) else 1
