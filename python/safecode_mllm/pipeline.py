@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from safecode_kernels import explain
-from safecode_mllm.audit import request_context
+from safecode_mllm.audit import generation_settings, request_context
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.families import family_of
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.loop import SteeredGeneration, Verdicts
-from safecode_mllm.errors import ConfigError, SafeCoDeError
+from safecode_mllm.errors import ConfigError, SafeCoDeError, UnsupportedModelError
+from safecode_mllm.generate_arguments import check_arguments, complete_arguments
+from safecode_mllm.images import load_image
 from safecode_mllm.judges import make_judge
 from safecode_mllm.judges.asking import ask_judge, settle
 from safecode_mllm.judges.protocol import Judge, JudgeRequest, Verdict
@@ -26,20 +28,12 @@ from safecode_mllm.loading import load_model
 from safecode_mllm.prompts import PromptBuilder, collate
 from safecode_mllm.refusal import RefusalTokens, refusal_tokens
 from safecode_mllm.requests import ChatRequest, PreparedRequest, prepare_request, stack_noised
-from safecode_mllm.results import ChatResult, Steering
+from safecode_mllm.results import ChatResult, Steering, log_ineffective
 from safecode_mllm.streaming import ChatStream
 
-# Enough for an answer of a paragraph; generate()'s own default of 20 cuts sentences in half.
-DEFAULT_MAX_NEW_TOKENS = 256
+logger = logging.getLogger(__name__)
+
 DEFAULT_BATCH_SIZE = 8
-# What `chat` decides itself; whoever needs these works with SteeredGeneration and model.generate directly.
-_RESERVED_ARGUMENTS = (
-    "assistant_model", "custom_generate", "inputs", "input_ids", "attention_mask", "pixel_values",
-    "num_return_sequences", "output_logits", "output_scores", "past_key_values", "return_dict_in_generate", "streamer",
-)  # fmt: skip
-
-_CONFIG_FIELDS = frozenset(field.name for field in fields(SafeCoDeConfig))
-
 Progress = Callable[[int, int], None]
 
 
@@ -76,6 +70,8 @@ class SafeCoDe:
         self.builder = PromptBuilder(processor)
         self.judge = self._make_judge(judge)
         self.refusal = refusal
+        if judge not in (None, "self") and not self.config.uses_verdict:
+            raise ConfigError(_unused("judge", self.config))
 
     @classmethod
     def from_pretrained(
@@ -169,8 +165,7 @@ class SafeCoDe:
         Raises:
             ConfigError: a request has an unknown or missing key; raised before any work.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+        _check_batch_size(batch_size)
         todo = [ChatRequest.of(request) for request in requests]
         results: list[ChatResult] = []
         for start in range(0, len(todo), batch_size):
@@ -188,7 +183,7 @@ class SafeCoDe:
         names = ("steering", "seed", "verdict")
         request = ChatRequest(image, prompt, **{name: chat_kwargs.pop(name) for name in names if name in chat_kwargs})
         prepared = self._prepare(request, judge)
-        self._check_arguments(chat_kwargs)
+        check_arguments(chat_kwargs)
 
         def run(streamer: Any, stop: Any) -> ChatResult:
             criteria = [*(chat_kwargs.get("stopping_criteria") or []), stop]
@@ -205,11 +200,10 @@ class SafeCoDe:
         judge: str | Judge | None = None,
     ) -> list[Verdict]:
         """Return the judge's verdict on each request, in order, without answering any; policies are not applied."""
+        _check_batch_size(batch_size)
         chosen = self._judge(judge)
         if chosen is None:
             raise ConfigError("judge is None: pass judge='self' or a Judge")
-        from safecode_mllm.images import load_image
-
         verdicts: list[Verdict] = []
         for start in range(0, len(requests), batch_size):
             chunk = [ChatRequest.of(request) for request in requests[start : start + batch_size]]
@@ -227,13 +221,35 @@ class SafeCoDe:
             except (SafeCoDeError, OSError) as error:
                 prepared.append(error if isinstance(error, SafeCoDeError) else SafeCoDeError(str(error)))
         usable = [row for row in prepared if isinstance(row, PreparedRequest)]
-        answered = iter(self._run(usable, judge, record, arguments) if usable else [])
+        answered = iter(self._run_or_fail(usable, judge, record, arguments) if usable else [])
         return [
             next(answered) if isinstance(row, PreparedRequest) else _failed(request, row)
             for request, row in zip(requests, prepared, strict=True)
         ]
 
+    def _run_or_fail(
+        self,
+        rows: Sequence[PreparedRequest],
+        judge: str | Judge | None,
+        record: bool,
+        arguments: Mapping[str, Any],
+    ) -> list[ChatResult]:
+        """Generate for prepared rows; what breaks the whole batch is the error of each of its rows.
+
+        The batches that are done already must not be lost to it. Arguments that no batch could work with still raise.
+        """
+        try:
+            return self._run(rows, judge, record, arguments)
+        except (ConfigError, UnsupportedModelError):
+            raise
+        except Exception as error:
+            logger.warning("a batch of %d requests failed: %s: %s", len(rows), type(error).__name__, error)
+            return [_failed(row.request, error) for row in rows]
+
     def _prepare(self, request: ChatRequest, judge: str | Judge | None) -> PreparedRequest:
+        given = "judge" if judge is not None else "verdict" if request.verdict is not None else None
+        if given and request.steering == "on" and not self.config.uses_verdict:
+            raise ConfigError(_unused(given, self.config))
         wants_verdict = request.steering == "on" and self.config.uses_verdict and request.verdict is None
         if wants_verdict and self._judge(judge) is None:
             raise ConfigError(
@@ -251,7 +267,7 @@ class SafeCoDe:
         streamer: Any = None,
     ) -> list[ChatResult]:
         """Generate for prepared rows as one batch."""
-        self._check_arguments(arguments)
+        check_arguments(arguments)
         noised = stack_noised(rows)
         refusal = self._refusal() if self.config.uses_verdict else None
         generation = SteeredGeneration(
@@ -266,9 +282,15 @@ class SafeCoDe:
             record=record,
             raise_row_errors=False,
         )
-        output = generation.generate(self.model, **self._generate_arguments(arguments))
+        output = generation.generate(self.model, **complete_arguments(arguments, self.model, self.builder.pad_token_id))
         new_ids = output[:, generation.clean["input_ids"].shape[1] :].tolist()
-        return [self._result(row, index, new_ids[index], generation, judge, record) for index, row in enumerate(rows)]
+        results = [
+            self._result(row, index, new_ids[index], generation, judge, record) for index, row in enumerate(rows)
+        ]
+        for result in results:
+            result.context["generation"] = generation_settings(arguments)
+        log_ineffective(results)
+        return results
 
     def _verdict_source(self, rows: Sequence[PreparedRequest], judge: Judge | None) -> Callable[[Branches], Verdicts]:
         """Ask the judge about the steered rows that bring no verdict of their own, with the policies applied."""
@@ -303,12 +325,13 @@ class SafeCoDe:
         report = generation.report
         error = report.row_errors.get(index)
         verdict = report.verdicts[index]
-        kept = self._without_padding(token_ids)
+        kept = token_ids[: report.lengths[index]]
         text = "" if error else self.builder.tokenizer.decode(kept, skip_special_tokens=True).strip()
         effective = None
-        if row.steered and verdict is not None and error is None and generation.guidance.bias[index] > 0:
+        if row.steered and verdict is not None and verdict.asks_for_refusal and error is None:
             effective = self._refusal().starts_with_refusal(text)
-        chosen = self._judge(judge)
+        asked = row.steered and self.config.uses_verdict and row.request.verdict is None
+        chosen = self._judge(judge) if asked else None
         return ChatResult(
             text=text,
             verdict=verdict,
@@ -323,29 +346,6 @@ class SafeCoDe:
                 row.image, row.request.prompt, self.config, self.model, None if chosen is None else chosen.name
             ),
         )
-
-    def _without_padding(self, token_ids: list[int]) -> list[int]:
-        """Cut behind the first end-of-sequence token: what follows is the padding of a batch."""
-        eos = self.model.generation_config.eos_token_id
-        ends = set(eos if isinstance(eos, list) else [eos])
-        end = next((place for place, token in enumerate(token_ids) if token in ends), len(token_ids))
-        return token_ids[: end + 1]
-
-    def _generate_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        given = dict(arguments)
-        if "max_new_tokens" not in given and "max_length" not in given and "generation_config" not in given:
-            given["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
-        if self.model.generation_config.pad_token_id is None:
-            given.setdefault("pad_token_id", self.builder.pad_token_id)
-        return given
-
-    @staticmethod
-    def _check_arguments(arguments: Mapping[str, Any]) -> None:
-        for name in arguments:
-            if name in _RESERVED_ARGUMENTS:
-                raise ConfigError(f"{name} cannot be passed to chat; use SteeredGeneration and model.generate for it")
-            if name in _CONFIG_FIELDS:
-                raise ConfigError(f"{name} belongs to the configuration: pass config=SafeCoDeConfig({name}=...)")
 
     def _to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         device, dtype = self.model.device, self.model.dtype
@@ -371,5 +371,17 @@ def _raise_error(result: ChatResult) -> ChatResult:
     return result
 
 
+def _check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+
+
 def _failed(request: ChatRequest, error: Exception) -> ChatResult:
-    return ChatResult("", None, request.steering, None, None, request.seed or 0, {}, error)
+    return ChatResult("", None, request.steering, None, None, request.seed, {}, error)
+
+
+def _unused(name: str, config: SafeCoDeConfig) -> str:
+    return (
+        f"{name} is given, but preset {config.preset!r} with these settings uses no verdict: leave {name} out, "
+        "or choose a configuration with bias_form 'soft' or 'hard'"
+    )

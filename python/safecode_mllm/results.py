@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from safecode_mllm.decoding.record import GuidedToken
 from safecode_mllm.judges.protocol import Verdict
+
+logger = logging.getLogger(__name__)
 
 Steering = Literal["on", "off"]
 
@@ -22,7 +26,8 @@ class ChatResult:
         steering_effective: False when the verdict is unsafe and the answer does not open with a refusal; True when it
             does; None when the verdict is not unsafe or steering is off.
         record: the guided tokens with their probabilities; None when not recorded.
-        seed: the seed of noise and draws; pass it again to get the same answer.
+        seed: the seed of noise and draws; pass it again to get the same answer. None if the request failed before one
+            was drawn.
         timings: wall-clock seconds per phase; in a batch, those of the whole batch.
         error: what went wrong with this request, in a batch; `chat` raises it instead.
         token_ids: the generated tokens, without padding.
@@ -34,16 +39,17 @@ class ChatResult:
     steering: Steering
     steering_effective: bool | None
     record: list[GuidedToken] | None
-    seed: int
+    seed: int | None
     timings: dict[str, float]
     error: Exception | None = None
     token_ids: list[int] = field(default_factory=list)
     context: dict[str, Any] = field(default_factory=dict)
 
     def audit(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary of everything needed to explain and repeat this answer, bar the image.
+        """Return a JSON-ready dictionary of what explains this answer: verdict, guided tokens, settings, versions.
 
         Append it to a file as one JSON line. Neither the image nor the prompt is in it, only their SHA-256 digests.
+        With the same image, prompt, model and versions, `settings`, `generation` and `seed` give the answer again.
         """
         return {
             "text": self.text,
@@ -56,3 +62,10 @@ class ChatResult:
             "error": None if self.error is None else f"{type(self.error).__name__}: {self.error}",
             **self.context,
         }
+
+
+def log_ineffective(results: Sequence[ChatResult]) -> None:
+    """One line per batch: an unsafe verdict that brought no refusal is what a deployment must hear of."""
+    count = sum(result.steering_effective is False for result in results)
+    if count:
+        logger.warning("%d of %d answers open with no refusal although the verdict is unsafe", count, len(results))

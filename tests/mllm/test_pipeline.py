@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import re
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from naive import NaiveSteering, last_logits, naive_generate
+from pipelines import CONFIG, PROMPT, Broken, chat_model, front_door, picture
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.decoding.families import placeholder_ids
 from safecode_mllm.errors import ConfigError, DecodeError, ImageError, JudgeError, PromptError, UnsupportedModelError
@@ -27,29 +27,12 @@ from tiny_models import FAMILY_NAMES, tiny_chat_model
 from tiny_processors import TEXT_FIRST_TEMPLATE
 
 PROBABILITY_TOLERANCE = 1e-6
-# Random models put almost no mass on two letters; what the verdict is worth is not what these tests are about.
-CONFIG = SafeCoDeConfig(contrast_weight=0.8, on_unknown="treat_as_unsafe")
-PROMPT = "How do I run faster here?"
-
-
-@cache
-def chat_model(name: str) -> tuple[Any, Any]:
-    return tiny_chat_model(name)
 
 
 @pytest.fixture
 def everything_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model's letters hold little mass: accept any, so that its probability is used."""
     monkeypatch.setattr("safecode_mllm.judges.self_judge.MIN_LETTER_MASS", 0.0)
-
-
-def picture(seed: int = 0, size: tuple[int, int] = (60, 44)) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def front_door(name: str = "llava", config: SafeCoDeConfig = CONFIG, **options: Any) -> SafeCoDe:
-    return SafeCoDe(*chat_model(name), config=config, **options)
 
 
 def naive_p_unsafe(sc: SafeCoDe, image: Image.Image, prompt: str) -> float:
@@ -230,18 +213,6 @@ def test_a_bad_request_in_a_batch_is_its_own_error() -> None:
     assert [type(result.error) for result in results] == [type(None), ImageError, PromptError, JudgeError]
     assert results[0].token_ids and all(result.text == "" for result in results[1:])
     assert "ImageError" in results[1].audit()["error"]
-
-
-class Broken:
-    name = "broken"
-
-    def __init__(self, outcome: Any) -> None:
-        self.outcome = outcome
-
-    def judge_many(self, requests: Any) -> Any:
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        return [self.outcome] * len(requests)
 
 
 @pytest.mark.parametrize(

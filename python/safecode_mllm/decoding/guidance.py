@@ -56,11 +56,6 @@ class Guidance:
         return self.uses_contrast or self._cuts or any(self.bias)
 
     @property
-    def score_scale(self) -> float:
-        """The factor 1 + a between our scores and the paper's, z - alpha n = [(1 + a) z - a n] / (1 + a); else 1."""
-        return 1.0 + self.config.contrast_weight if self.config.contrast_scale == "paper" else 1.0
-
-    @property
     def _cuts(self) -> bool:
         return self.config.plausibility_beta > 0 and any(self.steered)
 
@@ -82,16 +77,25 @@ class Guidance:
         """Return the parameters of a decode step for all rows, inside or after the guided window."""
         if not guided:
             return StepParams(contrast_weight=0.0, plausibility_beta=0.0, greedy=greedy, **warpers)
-        scale = self.score_scale
-        warpers = dict(warpers, temperature=warpers.get("temperature", 1.0) * scale)
+        scales = self.score_scales()
+        temperature = warpers.get("temperature", 1.0)
+        warpers = dict(warpers, temperature=[temperature * scale for scale in scales])
         return StepParams(
             contrast_weight=self._per_row(self.config.contrast_weight),
             plausibility_beta=self.betas(),
-            refusal_bias=[bias * scale for bias in self.bias],
+            refusal_bias=[bias * scale for bias, scale in zip(self.bias, scales, strict=True)],
             bias_scope=self.config.bias_scope,
             greedy=greedy,
             **warpers,
         )
+
+    def score_scales(self) -> list[float]:
+        """Return each row's factor 1 + a between our scores and the paper's, z - alpha n = [(1 + a) z - a n] / (1 + a).
+
+        It is 1 on the scale of the clean logits, and for a row that is not steered.
+        """
+        scale = 1.0 + self.config.contrast_weight if self.config.contrast_scale == "paper" else 1.0
+        return [scale if steered else 1.0 for steered in self.steered]
 
     def betas(self) -> list[float]:
         """Return the plausibility beta of each row."""

@@ -99,15 +99,15 @@ class SteeredGeneration:
         branches = Branches(model, self.clean, self._noised_if_needed(), model_kwargs["past_key_values"])
         clean, noised = branches.prefill()
         started = self.report.timed("prefill", time.perf_counter, started)
-        failed = self._ask_for_verdicts(branches)
-        self.report.timed("judge", time.perf_counter, started)
         times = input_ids.shape[0] // branches.rows
+        failed = self._ask_for_verdicts(branches, times)
+        self.report.timed("judge", time.perf_counter, started)
         branches.expand(times)
         self.guidance.expand(times)
         clean = clean.repeat_interleave(times, 0)
         noised = None if noised is None else noised.repeat_interleave(times, 0)
         run = _Run(self, model, branches, generation_config, logits_processor, stopping_criteria, times)
-        run.end_rows([row * times + i for row in failed for i in range(times)])
+        run.end_rows(failed)
         return run.decode(input_ids, clean, noised)
 
     def _noised_if_needed(self) -> Mapping[str, Tensor] | None:
@@ -116,16 +116,17 @@ class SteeredGeneration:
             raise ValueError("noised inputs are needed: contrast_weight is not 0, but `noised` is None")
         return self.noised if needed else None
 
-    def _ask_for_verdicts(self, branches: Branches) -> dict[int, Exception]:
-        """Set the verdicts; returns the requests whose verdict is an error."""
+    def _ask_for_verdicts(self, branches: Branches, times: int) -> list[int]:
+        """Set the verdicts; returns the rows whose request has an error instead of one."""
         answers = self.verdict_source(branches) if self.verdict_source else [None] * self.guidance.rows
-        failed = {row: answer for row, answer in enumerate(answers) if isinstance(answer, Exception)}
+        rows = [answer for answer in answers for _ in range(times)]
+        failed = {row: answer for row, answer in enumerate(rows) if isinstance(answer, Exception)}
         self.report.verdicts = [None if isinstance(answer, Exception) else answer for answer in answers]
         self.guidance.set_verdicts(self.report.verdicts)
         self.report.row_errors.update(failed)
         if failed and self.raise_row_errors:
             raise next(iter(failed.values()))
-        return failed
+        return list(failed)
 
     def _with_stop_strings(self, stop_strings: Any, generate_kwargs: Mapping[str, Any]) -> Any:
         from transformers import StoppingCriteriaList, StopStringCriteria
@@ -204,6 +205,7 @@ class _Run:
             clean, noised = self.branches.step(tokens)
         if streamer is not None:
             streamer.end()
+        report.lengths = self.finished_at.clamp(max=step).tolist()
         self._report_row_errors()
         return self._output(ids)
 
@@ -224,7 +226,7 @@ class _Run:
             self.guidance.observe(tokens.tolist())
         if record:
             alive = self.unfinished.tolist()
-            for row, token in enumerate(guided_tokens(pick.result, raw, self.picker.warpers)):
+            for row, token in enumerate(guided_tokens(pick.result, raw, self.processors.temperature())):
                 if alive[row] and self.guidance.steered[row]:
                     self.request.report.guided[row].append(token)
         return tokens, pick

@@ -88,17 +88,19 @@ class TokenPicker:
     def _guided_scores(self, ids: Tensor, clean: Tensor, noised: Tensor | None) -> tuple[Tensor, Tensor]:
         """Contrast, bias, processors, cut, warpers, in the order of the method."""
         steered = self._step(clean, True).scores(clean, noised, mask_id=self._mask_ids(clean.device))
-        scores = apply(self.processors.before, ids, steered.scores / self.guidance.score_scale)
+        scales = torch.tensor(self.guidance.score_scales(), device=clean.device)
+        scores = apply(self.processors.before, ids, steered.scores / scales[:, None])
         allowed = scores > -torch.inf
         beta = torch.tensor(self.guidance.betas(), device=clean.device)
         keep = plausible(steered.biased_clean, allowed, beta)
-        nothing_left = (steered.status == 0) & ~allowed.any(-1)
-        status = torch.where(nothing_left, Status.NOTHING_FINITE, steered.status)
+        status = torch.where(steered.status != Status.OK, steered.status, _status_of(scores))
         return apply(self.processors.after, ids, cut(scores, keep)), status
 
     def _choose(self, scores: Tensor, status: Tensor, step: int) -> StepResult:
+        # Processors behind the first warper can break a row too.
+        status = torch.where(status != Status.OK, status, _status_of(scores))
         # A failed row gets flat scores so that it cannot disturb the draws of the others.
-        scores = torch.where((status != 0)[:, None], 0.0, scores)
+        scores = torch.where((status != Status.OK)[:, None], 0.0, scores)
         if self.draws.greedy or self.draws.rng == "philox":
             result = draw(scores, seeds=self.draws.seeds, stream=self.draws.stream, step=step, greedy=self.draws.greedy)
             return result._replace(status=status)

@@ -50,6 +50,13 @@ class ProcessorSplit:
         fused = [(*_FUSED[name], warper) for name, warper in zip(names, self.after, strict=True)]
         return {parameter: getattr(warper, attribute) for attribute, parameter, warper in fused}
 
+    def temperature(self) -> float:
+        """Return the temperature that the warpers apply; 1 without one."""
+        for warper in self.after:
+            if type(warper).__name__ == "TemperatureLogitsWarper":
+                return float(warper.temperature)
+        return 1.0
+
     def names_before(self) -> str:
         """Return the class names of the processors before the warpers, for error messages."""
         return ", ".join(type(processor).__name__ for processor in self.before) or "none"

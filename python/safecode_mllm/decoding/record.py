@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +37,7 @@ class GenerationReport:
     Attributes:
         verdicts: one per request, None where none was asked for.
         guided: for each row its guided tokens; empty when not recorded.
+        lengths: for each row how many tokens it generated; what follows in the output is padding.
         row_errors: row -> the error that ended it early; the other rows finished.
         seconds: wall-clock seconds of "prefill", "judge", "guided" and "free".
         notes: which ways were taken and why, for people.
@@ -45,6 +45,7 @@ class GenerationReport:
 
     verdicts: list[Verdict | None] = field(default_factory=list)
     guided: list[list[GuidedToken]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
     row_errors: dict[int, Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -86,8 +87,8 @@ class RowStatus:
         return found
 
 
-def guided_tokens(result: StepResult, clean: Tensor, warpers: dict[str, Any]) -> list[GuidedToken]:
+def guided_tokens(result: StepResult, clean: Tensor, temperature: float) -> list[GuidedToken]:
     """Describe a guided step for each row, from its result and the untouched clean logits [R, V]."""
-    plain = torch.softmax(clean.float() / warpers.get("temperature", 1.0), -1).gather(1, result.token[:, None])[:, 0]
+    plain = torch.softmax(clean.float() / temperature, -1).gather(1, result.token[:, None])[:, 0]
     columns = (result.token, result.logprob.exp(), plain, result.n_kept)
     return [GuidedToken(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]

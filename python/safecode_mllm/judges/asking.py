@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.errors import JudgeError
@@ -34,9 +35,13 @@ def ask_judge(
         outcomes = judge_many(requests)
         if len(outcomes) != len(requests):
             raise JudgeError(f"judge {name!r} gave {len(outcomes)} verdicts for {len(requests)} requests")
-    except JudgeError as error:
+        for outcome in outcomes:
+            if not isinstance(outcome, Verdict):
+                raise JudgeError(f"judge {name!r} gave a {type(outcome).__name__} instead of a Verdict")
+    except (JudgeError, OSError) as error:  # OSError: a connection that failed or timed out
         logger.warning("judge %r failed: %s", name, error)
-        outcomes = [error] * len(requests)
+        failure = error if isinstance(error, JudgeError) else JudgeError(f"judge {name!r} failed: {error!r}")
+        outcomes = [failure] * len(requests)
     settled = [settle(outcome, config, name=name) for outcome in outcomes]
     _log_policies(settled, name)
     return settled
@@ -44,6 +49,9 @@ def ask_judge(
 
 def settle(outcome: Verdict | JudgeError, config: SafeCoDeConfig, *, name: str) -> Verdict | JudgeError:
     """Apply the policies to one outcome; the error that policy "raise" or a senseless verdict gives is returned."""
+    if isinstance(outcome, Verdict) and outcome.policy is not None:
+        # A policy is written here and never read from a judge: it could switch the configuration's off.
+        outcome = replace(outcome, policy=None)
     try:
         verdict = apply_policy(outcome, config, judge=name)
         verdict_bias(verdict, config)  # refuses a verdict that contradicts itself

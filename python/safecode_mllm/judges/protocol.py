@@ -43,6 +43,11 @@ class Verdict:
     raw: str | None = None
     policy: Policy | None = None
 
+    @property
+    def asks_for_refusal(self) -> bool:
+        """Whether a refusal is what should come out: an unsafe verdict, or an unknown one that is treated as such."""
+        return self.label == "unsafe" or self.policy == "treat_as_unsafe"
+
 
 @runtime_checkable
 class Judge(Protocol):

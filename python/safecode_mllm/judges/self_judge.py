@@ -121,7 +121,7 @@ class SelfJudge:
     def _verdict(self, reading: Reading, latency: float) -> Verdict:
         p_unsafe = sum(reading.p_unsafe) / len(reading.p_unsafe)
         mass = sum(reading.letter_mass) / len(reading.letter_mass)
-        if not mass >= MIN_LETTER_MASS:  # also when NaN
+        if not (mass >= MIN_LETTER_MASS and 0 <= p_unsafe <= 1):  # also when NaN
             raw = f"the letters hold {mass:.4f} of the mass, under {MIN_LETTER_MASS}"
             return Verdict("unknown", None, self.threshold, self.name, latency, raw)
         label: Label = "unsafe" if p_unsafe >= self.threshold else "safe"
