@@ -23,7 +23,8 @@ RefusalKind = Literal["phrase_trie", "first_tokens"]
 
 # The paper's alpha of 0.3, written on the scale of the clean logits: 0.3 / 0.7, rounded.
 DEFAULT_CONTRAST_WEIGHT = 0.43
-# Provisional: the value comes from the Hazard World validation sweep.
+# On Hazard World's validation scenes any sigma from 0.5 on does about as well (mean balanced accuracy over five seeds:
+# 0.1 .778, 0.3 .814, 0.5 .875, 0.7 .884, 1.0 .886, 1.4 .886).
 DEFAULT_SIGMA = 1.0
 # VCD's schedule has 1000 steps, numbered from 0.
 DIFFUSION_STEPS = 1000

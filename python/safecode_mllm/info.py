@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from .errors import UnsupportedModelError
-
 _PACKAGES = ("safecode-kernels", "torch", "transformers", "tokenizers", "numpy", "pillow")
 # While an answer is guided, each request has a clean and a noised row, each with its own KV cache.
 _GUIDED_BRANCHES = 2
@@ -62,12 +60,9 @@ def memory_need(config: Any, dtype: str, batch: int, tokens: int) -> MemoryNeed:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from .decoding.families import FAMILIES
+    from .decoding.families import family_of_config
 
-    if config.model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r} is not supported; supported types: {', '.join(sorted(FAMILIES))}"
-        )
+    family_of_config(config)
     width = getattr(torch, dtype).itemsize
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from safecode_mllm.hazard_world.data import TASKS, Batcher
 from safecode_mllm.hazard_world.model import build_model, build_processor
+from safecode_mllm.hazard_world.paths import TUNED_FILE
+from safecode_mllm.hazard_world.saving import save_world
 from safecode_mllm.hazard_world.training import task_losses, train
 
 
@@ -96,6 +101,23 @@ def test_progress_counts_both_stages() -> None:
 def test_bad_arguments_are_named(arguments: dict[str, int], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}="):
         train(out=None, **arguments)
+
+
+def test_a_folder_that_cannot_be_made_ends_before_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("training began")
+
+    monkeypatch.setattr("safecode_mllm.hazard_world.training.train_vision", fail)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        train(0, tmp_path / "file" / "out")
+
+
+def test_a_new_model_removes_the_settings_of_the_old_one(untrained, tmp_path: Path) -> None:
+    (tmp_path / TUNED_FILE).write_text("{}")
+    save_world(*untrained, tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert not (tmp_path / TUNED_FILE).exists()
 
 
 def test_task_losses_name_every_task(untrained) -> None:

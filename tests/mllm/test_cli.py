@@ -130,7 +130,7 @@ def test_chat_is_greedy_by_default_and_quiet_says_nothing_else(
     assert run("chat", *REQUEST, "--quiet") == 0
     (call,) = pipeline.calls
     assert call.pop("image").size == (8, 8)
-    assert call == {"prompt": "p", "seed": None}
+    assert call == {"prompt": "p", "seed": None, "do_sample": False}
     assert capsys.readouterr().err == ""
 
 
@@ -168,6 +168,56 @@ def test_json_with_a_file_comes_besides_the_text(
     assert run("chat", *REQUEST, "--json", str(target)) == 0
     assert capsys.readouterr().out.startswith("answer on")
     assert json.loads(target.read_text())["steering"] == "on"
+
+
+@pytest.mark.parametrize("char", ["\x1b", "\x7f", "\x9b", "\u202e"])
+def test_json_on_stdout_holds_no_control_character(
+    char: str, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.verdict = Verdict("unsafe", raw=f"a{char}b")
+    assert run("judge", *REQUEST, "--json") == 0
+    out = capsys.readouterr().out
+    assert set(out) <= {"\n", *map(chr, range(0x20, 0x7F))}
+    assert json.loads(out)["raw"] == f"a{char}b"
+
+
+@pytest.mark.parametrize("command", [["chat", *REQUEST], ["judge", *REQUEST], ["info"], ["world", "eval"], ["demo"]])
+@pytest.mark.parametrize(
+    ("target", "message"), [("folder", "is a folder"), ("i.png/result.json", "i.png is no folder")]
+)
+def test_a_json_target_that_cannot_be_written_ends_before_the_work(
+    command: list[str],
+    target: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(cli, "_handler", lambda name: pytest.fail("the command ran"))
+    (tmp_path / "folder").mkdir()
+    assert run(*command, "--json", target) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["demo"], ["world", "train"]])
+@pytest.mark.parametrize("target", ["i.png", "i.png/out"])
+def test_an_out_folder_that_cannot_be_made_ends_before_the_work(
+    command: list[str], target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_handler", lambda name: pytest.fail("the command ran"))
+    assert run(*command, "--out", target) == 2
+    assert f"--out {target}" in capsys.readouterr().err
+
+
+def test_a_read_only_place_ends_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "_handler", lambda name: pytest.fail("the command ran"))
+    # Not by chmod: root may write anywhere.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    assert run("info", "--json", "new/folder/result.json") == 2
+    assert f"{tmp_path} cannot be written" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_judge_prints_the_verdict(pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,26 @@ def test_demo_writes_table_sheet_and_json(capsys: pytest.CaptureFixture[str], tm
     assert (out / "contact_sheet.html").read_text().count("<img ") == 24
 
 
+def test_demo_keeps_the_numbers_when_drawing_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safecode_mllm.cli.demo.draw_sheet", fail)
+    results = tmp_path / "results.json"
+    assert run("demo", "--n", "2", "--out", str(tmp_path), "--json", str(results)) == 1
+    assert set(json.loads(results.read_text())["methods"]) >= ARMS
+
+
+def test_world_eval_keeps_the_numbers_when_the_report_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("broken")
+
+    monkeypatch.setattr("safecode_mllm.cli.world._report", fail)
+    results = tmp_path / "results.json"
+    assert run("world", "eval", "--n", "2", "--json", str(results)) == 1
+    assert set(json.loads(results.read_text())["methods"]) >= ARMS
+
+
 def test_world_eval_adds_intervals_controls_and_comparisons(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     assert run("world", "eval", "--n", "4", "--split-seed", "5", "--controls", "--json", str(results)) == 0

@@ -15,6 +15,7 @@ from ..errors import SafeCoDeError
 from ..extras import as_missing_extra
 from ..terminal import Console, one_line
 from .codes import BROKEN_PIPE, INTERRUPTED, OK, exit_code
+from .outputs import check_outputs
 from .parser import PROGRAM, build_parser
 
 Handler = Callable[[argparse.Namespace, Console], int | None]
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(quiet=args.quiet)
     try:
         with _logging_to_stderr(args):
+            check_outputs(args)
             code = _handler(args.handler)(args, console)
         sys.stdout.flush()
         return OK if code is None else code

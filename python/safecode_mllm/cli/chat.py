@@ -80,11 +80,12 @@ def _question(args: argparse.Namespace) -> dict[str, Any]:
 
 def _generation(args: argparse.Namespace) -> dict[str, Any]:
     """Return the generation arguments that were given on the command line."""
-    given: dict[str, Any] = {}
+    # Greedy is said out loud: a model's own generation_config may sample.
+    given: dict[str, Any] = {"do_sample": args.temperature > 0}
     if args.max_new_tokens is not None:
         given["max_new_tokens"] = args.max_new_tokens
     if args.temperature > 0:
-        given.update(do_sample=True, temperature=args.temperature)
+        given["temperature"] = args.temperature
     return given
 
 

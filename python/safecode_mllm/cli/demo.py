@@ -43,6 +43,9 @@ def run_demo(args: argparse.Namespace, console: Console) -> None:
     console.note(f"answering {args.n} scenes with every arm")
     with one_thread(), console.counting("scenes") as counter:
         evaluation = run_evaluation(model, processor, n=args.n, seed=args.split_seed, progress=counter)
+    # First of all: whatever fails while drawing, the numbers are there.
+    if args.json:
+        write_json(args.json, evaluation.as_dict(), console)
     table = rates_table(evaluation.methods)
     if args.json != STDOUT:
         console.result(f"{args.n} fresh scenes of Hazard World, 95 % intervals in brackets\n\n{as_text(table)}\n")
@@ -53,8 +56,6 @@ def run_demo(args: argparse.Namespace, console: Console) -> None:
     write_html(Sheet(TITLE, PAGE_NOTE, rows, table), page)
     if args.json != STDOUT:
         console.result(f"contact sheet: {picture} and {page}")
-    if args.json:
-        write_json(args.json, evaluation.as_dict(), console)
     console.note(
         f"took {time.perf_counter() - start:.0f} s; a test-bed for the mechanism, no evidence about large models"
     )

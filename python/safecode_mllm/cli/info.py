@@ -40,13 +40,14 @@ def _need(args: argparse.Namespace, console: Console) -> MemoryNeed:
     quiet_transformers(console)
     from transformers import AutoConfig
 
-    from ..loading import PACKAGED_MODEL
+    from ..loading import PACKAGED_MODEL, checked_source
 
-    source = args.model
-    if source == PACKAGED_MODEL:
+    if args.model == PACKAGED_MODEL:
         from ..hazard_world import WEIGHTS
 
-        source = WEIGHTS
+        source = str(WEIGHTS)
+    else:
+        source = checked_source(args.model)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

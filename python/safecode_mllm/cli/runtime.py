@@ -78,9 +78,11 @@ def one_thread() -> Iterator[None]:
 
 def write_json(target: str, value: Any, console: Console) -> None:
     """Write a value as JSON to a file, or to stdout for "-"; numbers that JSON lacks become null."""
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    # ASCII alone: JSON must escape only what lies below U+0020, and a terminal obeys U+0080-U+009F and U+202E too. DEL
+    # is ASCII, and json leaves it as it is.
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=True, allow_nan=False).replace("\x7f", "\\u007f")
     if target == STDOUT:
-        # Not through Console.result: JSON escapes control characters by itself, and every byte counts.
+        # Not through Console.result: every control character is escaped, and every byte counts.
         sys.stdout.write(text + "\n")
         return
     path = Path(target)

@@ -53,10 +53,10 @@ def run_eval(args: argparse.Namespace, console: Console) -> None:
             weights=weights,
             progress=counter,
         )
-    if args.json != STDOUT:
-        console.result(_report(evaluation))
     if args.json:
         write_json(args.json, evaluation.as_dict(with_intervals=True), console)
+    if args.json != STDOUT:
+        console.result(_report(evaluation))
 
 
 def _report(evaluation: Evaluation) -> str:

@@ -48,11 +48,15 @@ _PLACEHOLDER_FIELDS = (
 
 def family_of(model: Any) -> Family:
     """Return the family of a Hugging Face model; raises UnsupportedModelError for a class that is not known."""
-    model_type = str(getattr(model.config, "model_type", None))
+    return family_of_config(model.config)
+
+
+def family_of_config(config: Any) -> Family:
+    """Return the family that a configuration names, before any weight is loaded; raises as `family_of` does."""
+    model_type = str(getattr(config, "model_type", None))
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"model type {model_type!r} ({type(model).__name__}) is not supported yet; "
-            f"supported types: {', '.join(sorted(FAMILIES))}"
+            f"model type {model_type!r} is not supported yet; supported types: {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[model_type]
 

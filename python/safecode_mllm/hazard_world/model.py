@@ -125,11 +125,14 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForCondit
     return model
 
 
-def load_world(path: str | Path | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Return the trained model (fp32, CPU, eval mode) and its processor.
+def load_world(
+    path: str | Path | None = None, *, dtype: torch.dtype | str = torch.float32
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Return the trained model (CPU, eval mode) and its processor.
 
     Args:
         path: folder written by `train`; None is the model that ships with the package.
+        dtype: of the weights, which are stored in fp32.
 
     Raises:
         FileNotFoundError: the folder holds no model.
@@ -137,7 +140,7 @@ def load_world(path: str | Path | None = None) -> tuple[LlavaForConditionalGener
     folder = Path(path) if path is not None else WEIGHTS
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"path={str(folder)!r} holds no Hazard World model: run safecode-mllm world train")
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
     processor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
     processor.tokenizer.padding_side = "left"
     return model.eval(), processor

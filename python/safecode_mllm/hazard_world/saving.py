@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from .model import MODEL_INPUTS
+from .paths import TUNED_FILE
 
 _WEIGHTS_FILE = "model.safetensors"
 # transformers 5 leaves this level out of the names of CLIP's weights and reads files with or without it; 4.57 needs it.
@@ -16,8 +17,12 @@ _VISION, _VISION_OF_4_57 = "vision_tower.", "vision_tower.vision_model."
 
 
 def save_world(model: Any, processor: Any, folder: Path) -> None:
-    """Write model.safetensors, the configurations and the tokenizer to a folder, which is created if need be."""
+    """Write model.safetensors, the configurations and the tokenizer to a folder, which is created if need be.
+
+    Settings that were tuned for another model of the same folder are removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / TUNED_FILE).unlink(missing_ok=True)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)

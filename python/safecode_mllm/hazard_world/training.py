@@ -90,6 +90,8 @@ def train(
         raise ValueError(f"steps={steps} must be at least 1")
     if seed < 0:
         raise ValueError(f"seed={seed} must be 0 or more")
+    if out is not None:  # before the work, which would be lost if the folder could not be made
+        Path(out).mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     processor = build_processor()
     model = build_model(processor.tokenizer, seed).train()

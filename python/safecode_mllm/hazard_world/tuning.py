@@ -10,6 +10,7 @@ from typing import Any
 from ..config import SafeCoDeConfig
 from .arms import ON_UNKNOWN, Arm
 from .bench import DEFAULT_BATCH_SIZE, Progress, make_bench
+from .paths import TUNED_FILE
 from .statistics import rates
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 1.0, 1.4)
@@ -18,7 +19,6 @@ LAMBDAS = (0.5, 1.0, 1.5)
 DEFAULT_VALIDATION_N = 240
 # Apart from every seed of a test evaluation only for clarity: the splits differ anyway.
 VALIDATION_SEED = 1
-TUNED_FILE = "tuned.json"
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Sweep:
     Attributes:
         sigmas: one point per sigma, everything else at its default.
         grid: one point per contrast weight and lambda, at the best sigma.
-        best_sigma: sigma of the best point of `sigmas`; ties go to the smaller.
-        best: best point of `grid`; ties go to the point nearest to the defaults in order of the lists.
+        best_sigma: sigma of the best point of `sigmas`; ties go to the first in SIGMAS, the smallest.
+        best: best point of `grid`; ties go to the first: the smaller contrast weight, then the smaller lambda.
     """
 
     sigmas: list[SweepPoint]
