@@ -34,7 +34,7 @@ def load_model(
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if id_or_path == PACKAGED_MODEL:
         with optional_imports():
-            from safecode_mllm.hazard_world import load_world
+            from safecode_mllm.hazard_world.model import load_world
 
         model, processor = load_world(dtype=dtype or torch.float32)
         return model.to(target), processor
