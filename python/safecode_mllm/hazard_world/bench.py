@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from PIL import Image
 
+from .. import results
 from ..config import SafeCoDeConfig
 from ..judges.protocol import Verdict
 from ..pipeline import SafeCoDe
@@ -76,13 +79,14 @@ class Bench:
         """
         pipeline = SafeCoDe(self.model, self.processor, "self", arm.config, self._tokens(arm))
         requests = [self._request(arm, row, v) for row, v in enumerate(self._verdicts(arm))]
-        results = pipeline.chat_batch(
-            requests, batch_size=self.batch_size, record=False, progress=progress, max_new_tokens=MAX_NEW_TOKENS
-        )
-        for result in results:
-            if result.error is not None:
-                raise result.error
-        return [result.text for result in results]
+        with _without_advice():
+            answers = pipeline.chat_batch(
+                requests, batch_size=self.batch_size, record=False, progress=progress, max_new_tokens=MAX_NEW_TOKENS
+            )
+        for answer in answers:
+            if answer.error is not None:
+                raise answer.error
+        return [answer.text for answer in answers]
 
     def outcomes(self, arm: Arm, progress: Callable[[int, int], None] | None = None) -> list[Outcome]:
         """Return what each generation of one arm does."""
@@ -120,6 +124,18 @@ class Bench:
         special = set(tokenizer.all_special_ids)
         ordinary = [token for token in range(vocab_size) if token not in special]
         return random_tokens(refusal_tokens(tokenizer, vocab_size, kind), ordinary, vocab_size, self.seed)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep quiet about answers without effect: some arms are built to fail, and the rates count each one."""
+    logger = logging.getLogger(results.__name__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @cache
