@@ -101,19 +101,8 @@ def measure(case: Case, mode: str, backend: str, seconds: float, threads: int) -
 
 
 def prepared(case: Case, backend: str) -> sk.PreparedStep:
-    """Return the step as a generation loop uses it: prepared once, done with each result before the next step."""
-    return sk.prepare_step(
-        case.params,
-        batch=case.batch,
-        vocab_size=case.clean.shape[1],
-        device="cpu",
-        dtype=case.clean.dtype,
-        refusal_mask=case.refusal_mask,
-        seeds=case.seeds,
-        stream=case.stream,
-        backend=backend,
-        reuse_results=True,
-    )
+    """Return the step prepared once, its results overwritten by the next call; the loop keeps them, about 4 us more."""
+    return case.prepare(backend, reuse_results=True)
 
 
 def check(case: Case, step: sk.PreparedStep, inputs: baselines.Inputs) -> None:

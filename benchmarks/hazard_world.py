@@ -33,6 +33,8 @@ TEST_N = 480
 # Run after seed0.json: 53 dusk scenes left the wrong-verdict comparison open there. Another draw, nothing retuned.
 SHIPPED_SEED = 1
 SHIPPED_N = 1920
+# The arms that the paired comparisons need.
+COMPARED_ARMS = ("plain", "contrast_only", "verdict_only", "safecode")
 METRICS = ("unsafe_refused", "safe_answered", "balanced_accuracy", "garbled")
 
 
@@ -93,7 +95,7 @@ def run_no_priors(weights: Path, n: int) -> dict[str, Any]:
         processor,
         n=n,
         seed=TEST_SEED,
-        only=("plain", "contrast_only", "verdict_only", "safecode"),
+        only=COMPARED_ARMS,
         weights=weights,
         priors=False,
         progress=_progress("evaluating"),
@@ -110,7 +112,7 @@ def run_shipped() -> dict[str, Any]:
         processor,
         n=SHIPPED_N,
         seed=SHIPPED_SEED,
-        only=("plain", "contrast_only", "verdict_only", "safecode"),
+        only=COMPARED_ARMS,
         progress=_progress("evaluating"),
     )
     return _record(evaluation, WEIGHTS)

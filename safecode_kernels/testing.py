@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from .backends import eager
 from .bitmask import pack_masks
 from .contract import DrawKey, RefusalMask, Rows, Status, StepResult, StepScores
-from .ops import decode_scores, decode_step
+from .ops import PreparedStep, decode_scores, decode_step, prepare_step
 from .params import StepParams, resolve_rows
 
 # A float32 score is the difference of two products and one sum: three roundings of numbers below 64, half an ulp each.
@@ -68,6 +69,19 @@ class Case:
             step=self.step,
             backend=backend,
         )
+
+    def prepare(self, backend: str = "auto", **options: Any) -> PreparedStep:
+        """Return prepare_step of this case; `options` override its arguments."""
+        arguments = {
+            "batch": self.batch,
+            "vocab_size": self.clean.shape[1],
+            "device": self.clean.device,
+            "dtype": self.clean.dtype,
+            "refusal_mask": self.refusal_mask,
+            "seeds": self.seeds,
+            "stream": self.stream,
+        }
+        return prepare_step(self.params, backend=backend, **{**arguments, **options})
 
     def run_scores(self, backend: str = "auto") -> StepScores:
         """Return decode_scores of this case."""

@@ -15,13 +15,12 @@ from safecode_mllm.config import SafeCoDeConfig
 _PACKAGES = ("safecode-kernels", "torch", "transformers", "pillow")
 
 
-def request_context(image: Image, prompt: str, config: SafeCoDeConfig, model: Any, judge: str | None) -> dict[str, Any]:
+def request_context(image: Image, prompt: str, config: SafeCoDeConfig, model: Any) -> dict[str, Any]:
     """Return preset, digests, model and versions of one request, JSON-ready."""
     return {
         "preset": config.preset,
         "settings": config.overrides(),
         "config_digest": config.digest(),
-        "judge": judge,
         "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
         "model_class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),

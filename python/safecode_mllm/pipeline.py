@@ -17,7 +17,7 @@ from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.families import family_of
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.loop import SteeredGeneration, Verdicts
-from safecode_mllm.errors import ConfigError, SafeCoDeError, UnsupportedModelError
+from safecode_mllm.errors import ConfigError, UnsupportedModelError
 from safecode_mllm.generate_arguments import check_arguments, complete_arguments
 from safecode_mllm.images import load_image
 from safecode_mllm.judges import make_judge
@@ -50,7 +50,7 @@ class SafeCoDe:
     Raises:
         UnsupportedModelError: the model's class is not supported.
         PromptError: the processor has no chat template.
-        ConfigError: the configuration needs a verdict and there is no judge.
+        ConfigError: a judge is given that the configuration would never ask.
 
     Source: SafeCoDe (arXiv 2509.19212).
     """
@@ -214,12 +214,12 @@ class SafeCoDe:
         self, requests: Sequence[ChatRequest], judge: str | Judge | None, record: bool, arguments: Mapping[str, Any]
     ) -> list[ChatResult]:
         """Answer one batch; requests that cannot be prepared become results with an error."""
-        prepared: list[PreparedRequest | SafeCoDeError] = []
+        prepared: list[PreparedRequest | Exception] = []
         for request in requests:
             try:
                 prepared.append(self._prepare(request, judge))
-            except (SafeCoDeError, OSError) as error:
-                prepared.append(error if isinstance(error, SafeCoDeError) else SafeCoDeError(str(error)))
+            except Exception as error:
+                prepared.append(error)
         usable = [row for row in prepared if isinstance(row, PreparedRequest)]
         answered = iter(self._run_or_fail(usable, judge, record, arguments) if usable else [])
         return [
@@ -284,9 +284,7 @@ class SafeCoDe:
         )
         output = generation.generate(self.model, **complete_arguments(arguments, self.model, self.builder.pad_token_id))
         new_ids = output[:, generation.clean["input_ids"].shape[1] :].tolist()
-        results = [
-            self._result(row, index, new_ids[index], generation, judge, record) for index, row in enumerate(rows)
-        ]
+        results = [self._result(row, index, new_ids[index], generation, record) for index, row in enumerate(rows)]
         for result in results:
             result.context["generation"] = generation_settings(arguments)
         log_ineffective(results)
@@ -319,7 +317,6 @@ class SafeCoDe:
         index: int,
         token_ids: list[int],
         generation: SteeredGeneration,
-        judge: str | Judge | None,
         record: bool,
     ) -> ChatResult:
         report = generation.report
@@ -330,8 +327,6 @@ class SafeCoDe:
         effective = None
         if row.steered and verdict is not None and verdict.asks_for_refusal and error is None:
             effective = self._refusal().starts_with_refusal(text)
-        asked = row.steered and self.config.uses_verdict and row.request.verdict is None
-        chosen = self._judge(judge) if asked else None
         return ChatResult(
             text=text,
             verdict=verdict,
@@ -342,9 +337,7 @@ class SafeCoDe:
             timings=dict(report.seconds),
             error=error,
             token_ids=[] if error else kept,
-            context=request_context(
-                row.image, row.request.prompt, self.config, self.model, None if chosen is None else chosen.name
-            ),
+            context=request_context(row.image, row.request.prompt, self.config, self.model),
         )
 
     def _to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

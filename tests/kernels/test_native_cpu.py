@@ -28,18 +28,8 @@ def native():
     assert _native.use_loops(before)
 
 
-def prepared(case: Case, **overrides) -> sk.PreparedStep:
-    options = {
-        "batch": case.batch,
-        "vocab_size": case.clean.shape[1],
-        "device": "cpu",
-        "dtype": case.clean.dtype,
-        "refusal_mask": case.refusal_mask,
-        "seeds": case.seeds,
-        "stream": case.stream,
-        "backend": "native_cpu",
-    }
-    return sk.prepare_step(case.params, **{**options, **overrides})
+def prepared(case: Case, **options) -> sk.PreparedStep:
+    return case.prepare("native_cpu", **options)
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)

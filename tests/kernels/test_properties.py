@@ -126,16 +126,7 @@ def test_half_precision_is_read_as_float32(seed, dtype):
 def test_prepared_step_equals_the_single_call_and_changes_no_input(seed):
     case = random_case(seed)
     before = [case.clean.clone(), case.noised.clone(), case.refusal_mask.clone(), case.seeds.clone()]
-    prepared = sk.prepare_step(
-        case.params,
-        batch=case.batch,
-        vocab_size=case.clean.shape[1],
-        device="cpu",
-        dtype=case.clean.dtype,
-        refusal_mask=case.refusal_mask,
-        seeds=case.seeds,
-        stream=case.stream,
-    )
+    prepared = case.prepare()
     for _ in range(2):
         assert_same(prepared(case.clean, case.noised, mask_id=case.mask_id, step=case.step), case.run())
     prepared_scores = prepared.scores(case.clean, case.noised, mask_id=case.mask_id)

@@ -180,3 +180,28 @@ def test_judge_batch_checks_its_batch_size() -> None:
     for size in (0, -1):
         with pytest.raises(ConfigError, match="batch_size"):
             front_door().judge_batch(REQUESTS, batch_size=size)
+
+
+def test_an_unexpected_error_while_preparing_is_its_requests_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    sc = front_door()
+    build = sc.builder.build
+
+    def fails_on_the_second(image: Any, prompt: str) -> Any:
+        if prompt == "second":
+            raise ValueError("the processor's own")
+        return build(image, prompt)
+
+    monkeypatch.setattr(sc.builder, "build", fails_on_the_second)
+    requests = [REQUESTS[0], REQUESTS[1] | {"prompt": "second"}, REQUESTS[2]]
+    results = sc.chat_batch(requests, max_new_tokens=3)
+    assert [type(r.error) for r in results] == [type(None), ValueError, type(None)]
+
+
+def test_a_stream_whose_judge_failed_writes_nothing() -> None:
+    stream = front_door(judge=Broken(JudgeError("down")), config=SafeCoDeConfig()).stream(
+        picture(), PROMPT, max_new_tokens=5, eos_token_id=-1
+    )
+    pieces: list[str] = []
+    with pytest.raises(JudgeError, match="down"):
+        pieces.extend(stream)
+    assert pieces == []

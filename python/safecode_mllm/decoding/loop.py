@@ -98,10 +98,10 @@ class SteeredGeneration:
         started = time.perf_counter()
         branches = Branches(model, self.clean, self._noised_if_needed(), model_kwargs["past_key_values"])
         clean, noised = branches.prefill()
-        started = self.report.timed("prefill", time.perf_counter, started)
+        started = self.report.timed("prefill", started)
         times = input_ids.shape[0] // branches.rows
         failed = self._ask_for_verdicts(branches, times)
-        self.report.timed("judge", time.perf_counter, started)
+        self.report.timed("judge", started)
         branches.expand(times)
         self.guidance.expand(times)
         clean = clean.repeat_interleave(times, 0)
@@ -189,7 +189,12 @@ class _Run:
         if streamer is not None:
             streamer.put(ids.cpu())
         step, started = 0, time.perf_counter()
-        while True:
+        # Every row may have ended before its first token, when a judge failed on it.
+        while self.unfinished.any():
+            if step > 0:
+                if step >= self.guidance.steps:
+                    self.branches.drop_noised()
+                clean, noised = self.branches.step(ids[:, -1])
             guided = step < self.guidance.steps
             tokens, pick = self._pick(ids, clean, noised, step, guided)
             ids = torch.cat([ids, tokens[:, None]], 1)
@@ -197,12 +202,7 @@ class _Run:
                 streamer.put(tokens.cpu())
             self._end_finished_rows(ids, pick, step)
             step += 1
-            started = report.timed("guided" if guided else "free", time.perf_counter, started)
-            if self.unfinished.max() == 0:
-                break
-            if step >= self.guidance.steps:
-                self.branches.drop_noised()
-            clean, noised = self.branches.step(tokens)
+            started = report.timed("guided" if guided else "free", started)
         if streamer is not None:
             streamer.end()
         report.lengths = self.finished_at.clamp(max=step).tolist()
@@ -285,7 +285,8 @@ def _check_mode(arguments: Mapping[str, Any]) -> None:
     """Refuse the generation modes whose search cannot be steered, with the alternative."""
     for name in ("num_beams", "penalty_alpha", "prompt_lookup_num_tokens", "assistant_model"):
         value = arguments.get(name)
-        if value is not None and value != 0 and value != 1:
+        neutral = 1 if name == "num_beams" else 0
+        if value is not None and value != neutral:
             shown = type(value).__name__ if name == "assistant_model" else value
             raise UnsupportedModelError(
                 f"{name}={shown} is not supported by steered decoding, which picks one token per row and step; "
