@@ -24,25 +24,17 @@ T* at(Address address) {
 
 LogitMatrix matrix(Address data, int64_t row_stride) { return {at<const void>(data), row_stride}; }
 
-std::unique_ptr<Step> make_step(int32_t dtype, int64_t rows, int64_t vocab_size, Address weight,
-                                Address one_plus_weight, Address bias, Address scope, Address log_beta,
-                                Address temperature, Address top_k, Address top_p, Address log_min_p, Address greedy) {
-  const safecode::cpu::ParamColumns params{
-      at<const float>(weight),      at<const float>(one_plus_weight), at<const float>(bias),
-      at<const int64_t>(scope),     at<const float>(log_beta),        at<const float>(temperature),
-      at<const int64_t>(top_k),     at<const double>(top_p),          at<const float>(log_min_p),
-      at<const bool>(greedy),
-  };
-  return std::make_unique<Step>(static_cast<DType>(dtype), rows, vocab_size, params);
+std::unique_ptr<Step> make_step(int32_t dtype, int64_t rows, int64_t vocab_size, Address packed) {
+  return std::make_unique<Step>(static_cast<DType>(dtype), rows, vocab_size, at<const double>(packed));
 }
 
 bool decode(const Step& step, Address clean, int64_t clean_stride, Address noised, int64_t noised_stride,
-            Address mask_ids, uint64_t step_index, Address token, Address logprob, Address n_kept, Address status,
-            int64_t threads) {
+            Address mask_ids, uint64_t step_of_all, Address step_of_row, Address token, Address logprob,
+            Address n_kept, Address status, int64_t threads) {
   const py::gil_scoped_release released;
   return step.decode(matrix(clean, clean_stride), matrix(noised, noised_stride), at<const int64_t>(mask_ids),
-                     step_index, {at<int64_t>(token), at<float>(logprob), at<int32_t>(n_kept), at<int32_t>(status)},
-                     threads);
+                     {step_of_all, at<const int64_t>(step_of_row)},
+                     {at<int64_t>(token), at<float>(logprob), at<int32_t>(n_kept), at<int32_t>(status)}, threads);
 }
 
 bool scores(const Step& step, Address clean, int64_t clean_stride, Address noised, int64_t noised_stride,
@@ -55,11 +47,11 @@ bool scores(const Step& step, Address clean, int64_t clean_stride, Address noise
 }
 
 void draw(int32_t dtype, int64_t rows, int64_t vocab_size, Address values, int64_t stride, Address seeds,
-          Address streams, uint64_t step_index, Address token, Address logprob, Address n_kept, Address status,
+          Address streams, uint64_t step_of_all, Address step_of_row, Address token, Address logprob, Address n_kept, Address status,
           int64_t threads) {
   const py::gil_scoped_release released;
   safecode::cpu::draw(static_cast<DType>(dtype), rows, vocab_size, matrix(values, stride), at<const int64_t>(seeds),
-                      at<const int64_t>(streams), step_index,
+                      at<const int64_t>(streams), {step_of_all, at<const int64_t>(step_of_row)},
                       {at<int64_t>(token), at<float>(logprob), at<int32_t>(n_kept), at<int32_t>(status)}, threads);
 }
 

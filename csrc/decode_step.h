@@ -4,6 +4,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define SAFECODE_HOST_DEVICE __host__ __device__
+#else
+#define SAFECODE_HOST_DEVICE
+#endif
+
 namespace safecode {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -25,6 +31,23 @@ struct RowParams {
   int64_t top_k;    // 0 is off
   bool greedy;
 };
+
+// Reads the parameters of a row from float64 [10, rows], packed as safecode_kernels.contract.PACKED_FIELDS says.
+SAFECODE_HOST_DEVICE inline RowParams unpack_row(const double* packed, int64_t rows, int64_t row) {
+  const auto field = [&](int64_t index) { return packed[index * rows + row]; };
+  RowParams params;
+  params.weight = static_cast<float>(field(0));
+  params.one_plus_weight = static_cast<float>(field(1));
+  params.bias = static_cast<float>(field(2));
+  params.scope = static_cast<int64_t>(field(3));
+  params.log_beta = static_cast<float>(field(4));
+  params.temperature = static_cast<float>(field(5));
+  params.top_k = static_cast<int64_t>(field(6));
+  params.top_p = field(7);
+  params.log_min_p = static_cast<float>(field(8));
+  params.greedy = field(9) != 0;
+  return params;
+}
 
 // What a draw depends on besides the token.
 struct DrawKey {

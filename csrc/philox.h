@@ -7,12 +7,6 @@
 
 #include "decode_step.h"
 
-#if defined(__CUDACC__)
-#define SAFECODE_HOST_DEVICE __host__ __device__
-#else
-#define SAFECODE_HOST_DEVICE
-#endif
-
 namespace safecode {
 
 struct PhiloxWords {

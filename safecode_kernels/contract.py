@@ -74,15 +74,36 @@ class StepScores(NamedTuple):
     status: Tensor
 
 
+# The rows of `Rows.packed`, in order; csrc/decode_step.h and the GPU kernels read them by the same numbers.
+PACKED_FIELDS = (
+    "weight",
+    "one_plus_weight",
+    "bias",
+    "scope",
+    "log_beta",
+    "temperature",
+    "top_k",
+    "top_p",
+    "log_min_p",
+    "greedy",
+)
+
+
 @dataclass(frozen=True)
 class Rows:
-    """The step's parameters with one value per row, shape [B, 1], on the device of the logits.
+    """The step's parameters with one value per row; made by params.resolve_rows or unpack_rows.
 
-    Floating values have the compute dtype (float32, or float64 for the oracle) except `top_p`, which is float64 as the
-    mass it is compared with. Rows that are greedy hold the neutral temperature and filters. The plain bool and int
-    attributes are facts known on the host that let a back end skip work.
+    Rows that are greedy hold the neutral temperature and filters. The plain bool and int attributes are facts known on
+    the host that let a back end skip work.
+
+    Attributes:
+        packed: float64 [10, B], row i is PACKED_FIELDS[i], every value already rounded to the compute dtype. One tensor
+            holds all, since float64 holds every float32 and every int32.
+        weight, ..., greedy: its rows as columns [B, 1]: the compute dtype (float32, or float64 for the oracle), but
+            `scope` and `top_k` int64, `greedy` bool, and `top_p` float64 as the mass it is compared with.
     """
 
+    packed: Tensor
     weight: Tensor
     one_plus_weight: Tensor
     bias: Tensor
@@ -95,6 +116,7 @@ class Rows:
     greedy: Tensor
     any_contrast: bool
     any_bias: bool
+    any_dense: bool
     max_scope: int
     any_sampling: bool
     any_temperature: bool
@@ -116,17 +138,17 @@ class RefusalMask(NamedTuple):
 
 
 class DrawKey(NamedTuple):
-    """What a draw depends on besides the token: seeds int64 [B], stream int64 [B], step."""
+    """What a draw depends on besides the token: seeds, stream int64 [B]; step one number for all rows or int64 [B]."""
 
     seeds: Tensor
     stream: Tensor
-    step: int
+    step: int | Tensor
 
 
 class FastStep(Protocol):
     """A decode step with everything resolved that stays the same during a generation."""
 
-    def __call__(self, clean: Tensor, noised: Tensor | None, mask_id: object, step: int) -> StepResult | None:
+    def __call__(self, clean: Tensor, noised: Tensor | None, mask_id: object, step: object) -> StepResult | None:
         """Return the result; None, with nothing computed, for arguments that need the checked way or its error."""
         ...
 

@@ -29,7 +29,7 @@ def decode_step(
     mask_id: PerRowId | None = None,
     seeds: PerRowId | None = None,
     stream: PerRowId | None = None,
-    step: int = 0,
+    step: PerRowId = 0,
     backend: str = "auto",
 ) -> StepResult:
     """Return one token per row: contrast, refusal bias, plausibility cut, filters and draw in one call.
@@ -50,15 +50,15 @@ def decode_step(
             only row of a one-row mask.
         seeds: [B] in [0, 2**63), an int serves all rows; needed when a row samples.
         stream: [B] in [0, 2**32), the index among the sequences drawn from one seed; default 0.
-        step: index of the generated token, in [0, 2**63).
+        step: index of the generated token, [B] in [0, 2**63), an int serves all rows.
         backend: a name of list_backends() or "auto".
 
     Returns:
         StepResult. A row that cannot be decoded has a status and leaves the others alone. B = 0 gives empty tensors.
 
     Raises:
-        ArgumentError, ArgumentTypeError: an argument is illegal; nothing has been computed. Where mask_id, seeds or
-            stream are tensors on an accelerator their values are not looked at: that would stop the device.
+        ArgumentError, ArgumentTypeError: an argument is illegal; nothing has been computed. Where mask_id, seeds,
+            stream or step are tensors on an accelerator their values are not looked at: that would stop the device.
         BackendUnavailable: the back end cannot serve these logits.
 
     Determinism:
@@ -96,7 +96,7 @@ def draw(
     *,
     seeds: PerRowId | None = None,
     stream: PerRowId | None = None,
-    step: int = 0,
+    step: PerRowId = 0,
     greedy: bool = False,
     backend: str = "auto",
 ) -> StepResult:
@@ -112,7 +112,7 @@ def draw(
     """
     batch, _ = _check_logits("scores", scores)
     kernels = resolve(backend, device=scores.device, dtype=scores.dtype).load()
-    key = None if greedy else _draw_key(seeds, stream, _check_step(step), batch, scores.device)
+    key = None if greedy else _draw_key(seeds, stream, step, batch, scores.device)
     return _empty_result(scores.device) if batch == 0 else kernels.draw(scores, key)
 
 
@@ -190,7 +190,7 @@ class PreparedStep:
     fast: FastStep | None = None
 
     def __call__(
-        self, clean: Tensor, noised: Tensor | None = None, *, mask_id: PerRowId | None = None, step: int = 0
+        self, clean: Tensor, noised: Tensor | None = None, *, mask_id: PerRowId | None = None, step: PerRowId = 0
     ) -> StepResult:
         """Return one token per row; see decode_step."""
         if self.fast is not None:
@@ -198,7 +198,7 @@ class PreparedStep:
             if result is not None:
                 return result
         mask = self._check(clean, noised, mask_id)
-        _check_step(step)
+        step = _check_step(step, self.batch, self.device)
         if self.rows.any_sampling and self.key is None:
             raise ArgumentError("seeds is None but a row has greedy=False; legal: one integer in [0, 2**63) per row")
         if self.batch == 0:
@@ -299,13 +299,15 @@ def _check_refusal_mask(words: Tensor | None, vocab_size: int, device: torch.dev
         raise ArgumentError(f"refusal_mask is on {words.device}; legal: {device}")
 
 
-def _draw_key(seeds: PerRowId | None, stream: PerRowId | None, step: int, batch: int, device: torch.device) -> DrawKey:
+def _draw_key(
+    seeds: PerRowId | None, stream: PerRowId | None, step: PerRowId, batch: int, device: torch.device
+) -> DrawKey:
     if seeds is None:
         raise ArgumentError("seeds is None; legal: one integer in [0, 2**63) per row")
     return DrawKey(
         _per_row_ids("seeds", seeds, batch, 0, MAX_SEED, device),
         _per_row_ids("stream", 0 if stream is None else stream, batch, 0, MAX_STREAM, device),
-        step,
+        _check_step(step, batch, device),
     )
 
 
@@ -344,7 +346,10 @@ def _check_int(name: str, value: int, low: int, high: int) -> int:
     return value
 
 
-def _check_step(step: int) -> int:
+def _check_step(step: PerRowId, batch: int, device: torch.device) -> int | Tensor:
+    """Return the step as it is if it is one number for all rows, else as int64 [B]."""
+    if isinstance(step, (Tensor, Sequence)):
+        return _per_row_ids("step", step, batch, 0, MAX_STEP, device)
     return _check_int("step", step, 0, MAX_STEP)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import Rows
+from .contract import PACKED_FIELDS, Rows
 from .errors import ArgumentError, ArgumentTypeError
 
 # The paper's alpha of 0.3 on the scale of the clean logits: alpha / (1 - alpha).
@@ -48,6 +48,11 @@ _RULES = {
     "min_p": _Rule(float, lambda x: 0 <= x <= 1, "a number in [0, 1]"),
     "greedy": _Rule(bool, lambda x: True, "True or False"),
 }
+
+
+# Packed values that are rounded to the compute dtype, and the columns that have another one.
+_ROUNDED = ("weight", "one_plus_weight", "bias", "log_beta", "temperature", "log_min_p")
+_KINDS = {"scope": torch.int64, "top_k": torch.int64, "top_p": torch.float64, "greedy": torch.bool}
 
 
 @dataclass(frozen=True)
@@ -136,29 +141,56 @@ def resolve_rows(params: StepParams, *, batch: int, device: torch.device, dtype:
     value = {name: params.per_row(name, batch) for name in _RULES}
     for name, neutral in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
         value[name] = [neutral if row_is_greedy else x for x, row_is_greedy in zip(value[name], greedy, strict=True)]
+    columns = {
+        "weight": value["contrast_weight"],
+        "one_plus_weight": [1.0 + a for a in value["contrast_weight"]],
+        "bias": value["refusal_bias"],
+        "scope": value["bias_scope"],
+        "log_beta": [_log(beta) for beta in value["plausibility_beta"]],
+        "temperature": value["temperature"],
+        "top_k": value["top_k"],
+        "top_p": value["top_p"],
+        "log_min_p": [_log(min_p) for min_p in value["min_p"]],
+        "greedy": greedy,
+    }
+    packed = torch.tensor([columns[name] for name in PACKED_FIELDS], dtype=torch.float64)
+    rounded = [PACKED_FIELDS.index(name) for name in _ROUNDED]
+    packed[rounded] = packed[rounded].to(dtype).double()
+    return unpack_rows(packed.reshape(len(PACKED_FIELDS), batch), device=device, dtype=dtype)
 
-    def column(values: list[Any], kind: torch.dtype = dtype) -> Tensor:
-        return torch.tensor(values, dtype=kind).reshape(batch, 1).to(device)
 
+def unpack_rows(packed: Tensor, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Rows:
+    """Return the columns of packed parameters on `device`, with the facts about them.
+
+    Args:
+        packed: float64 [10, B], see contract.PACKED_FIELDS. On an accelerator its values are not looked at, since that
+            would stop the device: the facts then allow for everything.
+        device: where the back end computes.
+        dtype: compute dtype.
+    """
+    known = packed.device.type == "cpu"
+    values = dict(zip(PACKED_FIELDS, packed.tolist() if known else [[]] * len(PACKED_FIELDS), strict=True))
+
+    def any_row(name: str, matters: Callable[[float], bool]) -> bool:
+        return not known or any(map(matters, values[name]))
+
+    def largest(name: str) -> int:
+        return int(max(values[name], default=0)) if known else MAX_INT32
+
+    packed = packed.to(device)
+    columns = {name: packed[i].unsqueeze(1).to(_KINDS.get(name, dtype)) for i, name in enumerate(PACKED_FIELDS)}
     return Rows(
-        weight=column(value["contrast_weight"]),
-        one_plus_weight=column([1.0 + a for a in value["contrast_weight"]]),
-        bias=column(value["refusal_bias"]),
-        scope=column(value["bias_scope"], torch.int64),
-        log_beta=column([_log(beta) for beta in value["plausibility_beta"]]),
-        temperature=column(value["temperature"]),
-        top_k=column(value["top_k"], torch.int64),
-        top_p=column(value["top_p"], torch.float64),
-        log_min_p=column([_log(min_p) for min_p in value["min_p"]]),
-        greedy=column(greedy, torch.bool),
-        any_contrast=any(a > 0 for a in value["contrast_weight"]),
-        any_bias=any(bias != 0 for bias in value["refusal_bias"]),
-        max_scope=max(value["bias_scope"], default=0),
-        any_sampling=not all(greedy),
-        any_temperature=any(t != 1 for t in value["temperature"]),
-        max_top_k=max(value["top_k"], default=0),
-        any_top_p=any(p < 1 for p in value["top_p"]),
-        any_min_p=any(p > 0 for p in value["min_p"]),
+        packed=packed,
+        **columns,
+        any_contrast=any_row("weight", lambda a: a > 0),
+        any_bias=any_row("bias", lambda bias: bias != 0),
+        any_dense=any_row("log_beta", lambda log_beta: log_beta == -math.inf),
+        max_scope=largest("scope"),
+        any_sampling=any_row("greedy", lambda greedy: greedy == 0),
+        any_temperature=any_row("temperature", lambda t: t != 1),
+        max_top_k=largest("top_k"),
+        any_top_p=any_row("top_p", lambda p: p < 1),
+        any_min_p=any_row("log_min_p", lambda log_min_p: log_min_p > -math.inf),
     )
 
 

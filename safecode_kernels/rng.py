@@ -68,14 +68,14 @@ def _multiply(x: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) + x, product & _MASK32
 
 
-def token_bits(token_ids: Tensor, *, seeds: Tensor, stream: Tensor, step: int) -> Tensor:
+def token_bits(token_ids: Tensor, *, seeds: Tensor, stream: Tensor, step: int | Tensor) -> Tensor:
     """Return the 32 random bits of the given tokens.
 
     Args:
         token_ids: int64 [B, C], ids >= 0.
         seeds: int64 [B] in [0, 2**63).
         stream: int64 [B] in [0, 2**32).
-        step: in [0, 2**63).
+        step: in [0, 2**63), one for all rows or int64 [B].
 
     Returns:
         int64 [B, C] in [0, 2**32).
@@ -85,7 +85,7 @@ def token_bits(token_ids: Tensor, *, seeds: Tensor, stream: Tensor, step: int) -
     return words.gather(0, ((token_ids >> 3) & 3).unsqueeze(0)).squeeze(0)
 
 
-def row_bits(vocab_size: int, *, seeds: Tensor, stream: Tensor, step: int) -> Tensor:
+def row_bits(vocab_size: int, *, seeds: Tensor, stream: Tensor, step: int | Tensor) -> Tensor:
     """Return the 32 random bits of every token: token_bits for ids 0..V-1, at a quarter of the work, int64 [B, V]."""
     groups = -(-vocab_size // _TOKENS_PER_GROUP)
     block = torch.arange(groups * _CALLS_PER_GROUP, device=seeds.device).expand(len(seeds), -1)
@@ -94,12 +94,11 @@ def row_bits(vocab_size: int, *, seeds: Tensor, stream: Tensor, step: int) -> Te
     return by_group.reshape(len(seeds), groups * _TOKENS_PER_GROUP)[:, :vocab_size]
 
 
-def _cipher(block: Tensor, seeds: Tensor, stream: Tensor, step: int) -> Words:
+def _cipher(block: Tensor, seeds: Tensor, stream: Tensor, step: int | Tensor) -> Words:
     seed = seeds.unsqueeze(1)
-    step_low, step_high = (torch.full_like(seed, half) for half in (step & _MASK32, step >> 32))
-    counter = (block, stream.unsqueeze(1), step_low, step_high)
-    words = philox4x32(counter, (seed & _MASK32, seed >> 32))
-    return words
+    steps = step.unsqueeze(1) if isinstance(step, Tensor) else torch.full_like(seed, step)
+    counter = (block, stream.unsqueeze(1), steps & _MASK32, steps >> 32)
+    return philox4x32(counter, (seed & _MASK32, seed >> 32))
 
 
 def gumbel(bits: Tensor) -> Tensor:

@@ -17,6 +17,10 @@ const void* row_at(LogitMatrix logits, DType dtype, int64_t row) {
   return static_cast<const char*>(logits.data) + row * logits.row_stride * size;
 }
 
+uint64_t step_of(StepIndex step, int64_t row) {
+  return step.of_row ? static_cast<uint64_t>(step.of_row[row]) : step.all;
+}
+
 void store(const RowResult& result, int64_t row, const ResultColumns& out) {
   out.token[row] = result.token;
   out.logprob[row] = result.logprob;
@@ -26,13 +30,9 @@ void store(const RowResult& result, int64_t row, const ResultColumns& out) {
 
 }  // namespace
 
-Step::Step(DType dtype, int64_t rows, int64_t vocab_size, const ParamColumns& params)
+Step::Step(DType dtype, int64_t rows, int64_t vocab_size, const double* packed)
     : dtype_(dtype), rows_(rows), vocab_size_(vocab_size), params_(static_cast<size_t>(rows)) {
-  for (int64_t row = 0; row < rows; ++row) {
-    params_[row] = {params.weight[row],      params.one_plus_weight[row], params.bias[row],  params.log_beta[row],
-                    params.temperature[row], params.log_min_p[row],       params.top_p[row], params.scope[row],
-                    params.top_k[row],       params.greedy[row]};
-  }
+  for (int64_t row = 0; row < rows; ++row) params_[row] = unpack_row(packed, rows, row);
 }
 
 void Step::set_masks(const int32_t* words, int64_t n_masks) {
@@ -60,16 +60,19 @@ const int32_t* Step::words_of(const int64_t* mask_ids, int64_t row) const {
   return id < 0 ? nullptr : words_ + id * ((vocab_size_ + 31) / 32);
 }
 
-bool Step::decode(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, uint64_t step,
+bool Step::decode(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, StepIndex step,
                   const ResultColumns& out, int64_t threads) const {
   if (!legal(mask_ids)) return false;
+  for (int64_t row = 0; step.of_row && row < rows_; ++row) {
+    if (step.of_row[row] < 0) return false;
+  }
   const auto one_row = [&](int64_t row) {
     const RowInput input{{row_at(clean, dtype_, row), dtype_, vocab_size_},
                          {row_at(noised, dtype_, row), dtype_, vocab_size_},
                          params_[row],
                          words_of(mask_ids, row)};
     DrawKey key{};
-    if (!keys_.empty()) key = {keys_[row].seed, keys_[row].stream, step};
+    if (!keys_.empty()) key = {keys_[row].seed, keys_[row].stream, step_of(step, row)};
     store(decode_row(input, keys_.empty() ? nullptr : &key, workspace()), row, out);
   };
   if (threads > 1) {
@@ -97,10 +100,10 @@ bool Step::scores(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids
 }
 
 void draw(DType dtype, int64_t rows, int64_t vocab_size, LogitMatrix scores, const int64_t* seeds,
-          const int64_t* streams, uint64_t step, const ResultColumns& out, int64_t threads) {
+          const int64_t* streams, StepIndex step, const ResultColumns& out, int64_t threads) {
   for_each_row(rows, threads, [&](int64_t row) {
     DrawKey key{};
-    if (seeds) key = {static_cast<uint64_t>(seeds[row]), static_cast<uint32_t>(streams[row]), step};
+    if (seeds) key = {static_cast<uint64_t>(seeds[row]), static_cast<uint32_t>(streams[row]), step_of(step, row)};
     const LogitRow logits{row_at(scores, dtype, row), dtype, vocab_size};
     store(draw_row(logits, seeds ? &key : nullptr, workspace()), row, out);
   });

@@ -14,18 +14,10 @@ struct LogitMatrix {
   int64_t row_stride;
 };
 
-// Columns of one value per row, as safecode_kernels.contract.Rows holds them.
-struct ParamColumns {
-  const float* weight;
-  const float* one_plus_weight;
-  const float* bias;
-  const int64_t* scope;
-  const float* log_beta;
-  const float* temperature;
-  const int64_t* top_k;
-  const double* top_p;
-  const float* log_min_p;
-  const bool* greedy;
+// Which generated token a step draws: `of_row` int64 [B], or `all` for every row where it is null.
+struct StepIndex {
+  uint64_t all;
+  const int64_t* of_row;
 };
 
 struct ResultColumns {
@@ -45,15 +37,16 @@ struct ScoreMatrices {
 // Everything about a decode step that stays the same during a generation. Copies what it is given, except the mask words.
 class Step {
  public:
-  Step(DType dtype, int64_t rows, int64_t vocab_size, const ParamColumns& params);
+  // `packed`: see unpack_row.
+  Step(DType dtype, int64_t rows, int64_t vocab_size, const double* packed);
 
   // words [n_masks, ceil(V / 32)], contiguous; they must outlive the step.
   void set_masks(const int32_t* words, int64_t n_masks);
   void set_key(const int64_t* seeds, const int64_t* streams);
 
   // mask_ids int64 [B] in [-1, n_masks); null: mask 0 for every row, none if there are no masks. False, and nothing
-  // computed, if a mask id is out of range.
-  bool decode(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, uint64_t step, const ResultColumns& out,
+  // computed, if a mask id or a step is out of range.
+  bool decode(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, StepIndex step, const ResultColumns& out,
               int64_t threads) const;
   bool scores(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, const ScoreMatrices& out,
               int64_t threads) const;
@@ -74,7 +67,7 @@ class Step {
 
 // Draws from processed scores [B, V]; seeds null takes the best.
 void draw(DType dtype, int64_t rows, int64_t vocab_size, LogitMatrix scores, const int64_t* seeds,
-          const int64_t* streams, uint64_t step, const ResultColumns& out, int64_t threads);
+          const int64_t* streams, StepIndex step, const ResultColumns& out, int64_t threads);
 
 // Chooses the loops by name ("baseline", "avx2", "avx512"), for tests; false if this processor lacks them.
 bool use_loops(const char* name);

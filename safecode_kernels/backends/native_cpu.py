@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def step(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | N
     words = None if mask is None else mask.words
     prepared = NativeStep(clean.shape, clean.dtype, rows, words, key)
     mask_id = None if mask is None else mask.mask_id.contiguous()
-    result = prepared(clean, noised, mask_id, 0 if key is None else key.step)
+    result = prepared(clean, noised, mask_id, 0 if key is None else _contiguous(key).step)
     assert result is not None, "arguments were checked by ops"
     return result
 
@@ -66,7 +68,7 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
         torch.empty(batch, dtype=torch.int32),
         torch.empty(batch, dtype=torch.int32),
     )
-    seeds, stream = (None, None) if key is None else (key.seeds.contiguous(), key.stream.contiguous())
+    seeds, stream, step = (None, None, 0) if key is None else _contiguous(key)
     _native.draw(
         DTYPE_CODES[scores.dtype],
         batch,
@@ -75,7 +77,7 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
         scores.stride(0),
         NULL if seeds is None else seeds.data_ptr(),
         NULL if stream is None else stream.data_ptr(),
-        0 if key is None else key.step,
+        *_step_index(step),
         result.token.data_ptr(),
         result.logprob.data_ptr(),
         result.n_kept.data_ptr(),
@@ -115,16 +117,25 @@ class NativeStep:
         self._native = _native_step(self._shape, dtype, rows, self._words, key)
         self._n_masks = 0 if refusal_mask is None else len(refusal_mask)
         self._threaded = _is_large(self._shape, dtype)
-        self._mask_shape = self._shape[:1]
+        self._column_shape = self._shape[:1]
         self._ready: list[tuple[StepResult, int, int, int, int]] = []
         self._reused = self._allocate(1)[0] if reuse_results else None
 
-    def __call__(self, clean: Tensor, noised: Tensor | None, mask_id: object, step: int) -> StepResult | None:
+    def __call__(self, clean: Tensor, noised: Tensor | None, mask_id: object, step: object) -> StepResult | None:
         """Return one token per row; None for anything but plain tensors exactly as prepared."""
         if type(clean) is not Tensor or not clean.is_cpu or clean.dtype is not self._dtype:
             return None
-        if clean.shape != self._shape or type(step) is not int or not 0 <= step <= MAX_STEP:
+        if clean.shape != self._shape:
             return None
+        step_of_all, step_of_row = 0, NULL
+        if type(step) is int:
+            if not 0 <= step <= MAX_STEP:
+                return None
+            step_of_all = step
+        else:
+            if not self._is_column(step):
+                return None
+            step_of_row = step.data_ptr()
         clean_stride, column_stride = clean.stride()
         if column_stride != 1 and self._shape[1] != 1:
             return None
@@ -138,9 +149,7 @@ class NativeStep:
             noised_address = noised.data_ptr()
         mask_address = NULL
         if mask_id is not None:
-            if type(mask_id) is not Tensor or mask_id.dtype is not torch.int64 or not mask_id.is_cpu:
-                return None
-            if self._words is None or mask_id.shape != self._mask_shape or not mask_id.is_contiguous():
+            if self._words is None or not self._is_column(mask_id):
                 return None
             mask_address = mask_id.data_ptr()
         elif self._n_masks > 1:
@@ -152,7 +161,8 @@ class NativeStep:
             noised_address,
             noised_stride,
             mask_address,
-            step,
+            step_of_all,
+            step_of_row,
             token,
             logprob,
             n_kept,
@@ -160,6 +170,12 @@ class NativeStep:
             torch.get_num_threads() if self._threaded else 1,
         )
         return result if served else None
+
+    def _is_column(self, value: object) -> TypeGuard[Tensor]:
+        """Whether `value` is int64 [B] as native code reads it."""
+        if type(value) is not Tensor or value.dtype is not torch.int64 or not value.is_cpu:
+            return False
+        return value.shape == self._column_shape and value.is_contiguous()
 
     def _next(self) -> tuple[StepResult, int, int, int, int]:
         """Return a result that was never handed out, with its addresses."""
@@ -181,26 +197,24 @@ def _native_step(
     shape: tuple[int, ...], dtype: torch.dtype, rows: Rows, words: Tensor | None, key: DrawKey | None
 ) -> _native.Step:
     batch, vocab_size = shape
-    columns = (
-        rows.weight,
-        rows.one_plus_weight,
-        rows.bias,
-        rows.scope,
-        rows.log_beta,
-        rows.temperature,
-        rows.top_k,
-        rows.top_p,
-        rows.log_min_p,
-        rows.greedy,
-    )
-    held = [column.contiguous() for column in columns]  # until native memory has its copies
-    native = _native.Step(DTYPE_CODES[dtype], batch, vocab_size, *(column.data_ptr() for column in held))
+    packed = rows.packed.contiguous()  # until native memory has its copy
+    native = _native.Step(DTYPE_CODES[dtype], batch, vocab_size, packed.data_ptr())
     if words is not None:
         native.set_masks(words.data_ptr(), len(words))
     if key is not None:
-        seeds, stream = key.seeds.contiguous(), key.stream.contiguous()
+        seeds, stream, _ = _contiguous(key)
         native.set_key(seeds.data_ptr(), stream.data_ptr())
     return native
+
+
+def _contiguous(key: DrawKey) -> DrawKey:
+    step = key.step.contiguous() if isinstance(key.step, Tensor) else key.step
+    return DrawKey(key.seeds.contiguous(), key.stream.contiguous(), step)
+
+
+def _step_index(step: int | Tensor) -> tuple[int, int]:
+    """Return the step as native code takes it: one number for all rows, and the address of one per row."""
+    return (0, step.data_ptr()) if isinstance(step, Tensor) else (step, NULL)
 
 
 def _readable(logits: Tensor) -> Tensor:

@@ -158,3 +158,18 @@ def test_mixed_greedy_and_sampling_rows():
     assert len(tokens[1::2].unique()) > 20
     alone = sk.decode_step(logits[1::2], None, sampling(), seeds=list(range(1, 200, 2))).token
     assert tokens[1::2].equal(alone)
+
+
+def test_step_may_differ_by_row():
+    case = make_case(8, batch=6, vocab_size=700, params=sampling())
+    steps = [0, 3, 2**40, 7, 2**63 - 1, 3]
+    alone = [sk.decode_step(case.clean[[i]], None, case.params, seeds=5, step=step) for i, step in enumerate(steps)]
+    interleaved = torch.stack([torch.tensor(steps), torch.zeros(6, dtype=torch.int64)], dim=1)[:, 0]
+    for step in (steps, torch.tensor(steps), interleaved):
+        together = sk.decode_step(case.clean, None, case.params, seeds=5, step=step)
+        assert together.token.equal(torch.cat([result.token for result in alone]))
+        assert sk.draw(case.clean, seeds=5, step=step).token.equal(together.token)
+    prepared = case.prepare(seeds=[5] * 6, stream=0, refusal_mask=None)
+    assert prepared(case.clean, step=torch.tensor(steps)).token.equal(together.token)
+    with pytest.raises(sk.ArgumentError, match=r"step\[2\]=-1 is out of range"):
+        prepared(case.clean, step=torch.tensor([0, 1, -1, 0, 0, 0]))
