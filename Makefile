@@ -11,7 +11,7 @@ BENCH_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NATIVE := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
+NATIVE := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cpu/loops/*)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) $(PYTEST_FLAGS)
 LINTED := safecode_kernels python tests benchmarks scripts setup.py
 

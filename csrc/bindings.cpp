@@ -28,27 +28,28 @@ std::unique_ptr<Step> make_step(int32_t dtype, int64_t rows, int64_t vocab_size,
   return std::make_unique<Step>(static_cast<DType>(dtype), rows, vocab_size, at<const double>(packed));
 }
 
-bool decode(const Step& step, Address clean, int64_t clean_stride, Address noised, int64_t noised_stride,
-            Address mask_ids, uint64_t step_of_all, Address step_of_row, Address token, Address logprob,
-            Address n_kept, Address status, int64_t threads) {
+bool decode(Step& step, Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address mask_ids,
+            uint64_t step_of_all, Address step_of_row, Address token, Address logprob, Address n_kept, Address status,
+            int64_t threads) {
+  if (!step.use_masks(at<const int64_t>(mask_ids))) return false;  // under the GIL: it writes
   const py::gil_scoped_release released;
   return step.decode(matrix(clean, clean_stride), matrix(noised, noised_stride), at<const int64_t>(mask_ids),
                      {step_of_all, at<const int64_t>(step_of_row)},
                      {at<int64_t>(token), at<float>(logprob), at<int32_t>(n_kept), at<int32_t>(status)}, threads);
 }
 
-bool scores(const Step& step, Address clean, int64_t clean_stride, Address noised, int64_t noised_stride,
-            Address mask_ids, Address out_scores, Address biased_clean, Address keep, Address status,
-            int64_t threads) {
+bool scores(Step& step, Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address mask_ids,
+            Address out_scores, Address biased_clean, Address keep, Address status, int64_t threads) {
+  if (!step.use_masks(at<const int64_t>(mask_ids))) return false;
   const py::gil_scoped_release released;
-  return step.scores(matrix(clean, clean_stride), matrix(noised, noised_stride), at<const int64_t>(mask_ids),
-                     {at<float>(out_scores), at<float>(biased_clean), at<uint8_t>(keep), at<int32_t>(status)},
-                     threads);
+  step.scores(matrix(clean, clean_stride), matrix(noised, noised_stride), at<const int64_t>(mask_ids),
+              {at<float>(out_scores), at<float>(biased_clean), at<uint8_t>(keep), at<int32_t>(status)}, threads);
+  return true;
 }
 
 void draw(int32_t dtype, int64_t rows, int64_t vocab_size, Address values, int64_t stride, Address seeds,
-          Address streams, uint64_t step_of_all, Address step_of_row, Address token, Address logprob, Address n_kept, Address status,
-          int64_t threads) {
+          Address streams, uint64_t step_of_all, Address step_of_row, Address token, Address logprob, Address n_kept,
+          Address status, int64_t threads) {
   const py::gil_scoped_release released;
   safecode::cpu::draw(static_cast<DType>(dtype), rows, vocab_size, matrix(values, stride), at<const int64_t>(seeds),
                       at<const int64_t>(streams), {step_of_all, at<const int64_t>(step_of_row)},

@@ -18,6 +18,10 @@ class Status(IntEnum):
     If several apply: a NaN clean logit goes before a +inf one, these before what is found at the candidates (a NaN
     noised logit, then a +inf one, then a score that is +inf or NaN by overflow), and NOTHING_FINITE comes last. A score
     that overflows to -inf only excludes its token, so models that mask with the least finite number can be decoded.
+
+    Candidates are the tokens that pass the plausibility cut when every token of the mask is biased; the noised row
+    matters at these only. With a `bias_scope`, which is about scores, it isn't known before who is biased: candidates
+    are then all that could pass, z + max(bias, 0) >= max z + min(bias, 0) + log(beta).
     """
 
     OK = 0

@@ -8,23 +8,29 @@
 
 namespace safecode::cpu {
 
-constexpr int64_t kScanChunk = 512;   // logits between two looks at the running threshold
+constexpr int64_t kScanChunk = 256;   // logits that share one set of maxima
+constexpr int64_t kChunkLanes = 16;   // maxima of a chunk: lane l is the largest of its logits l, l + 16, l + 32, ...
+constexpr int64_t kChunksAtOnce = 4;  // chunks whose maxima are compared with the threshold side by side
 constexpr int64_t kGroup = 256;       // tokens whose largest score stands for them in searches
 constexpr int64_t kRaceChunk = 512;   // tokens drawn at a time: bits and bounds stay in the first cache
 
-// The running state of the scan for candidates.
-struct Scan {
-  Gather gather;
-  float best;          // largest logit so far, -inf at the start
-  int32_t least_rank;  // smallest rank (see loops.cpp) that is gathered now
-  bool found_nan;
-  int32_t* tokens;  // candidates so far: a superset, since the threshold only rises
+constexpr int64_t chunks_of(int64_t n) { return (n + kScanChunk - 1) / kScanChunk; }
+// How many maxima `chunk_maxima` writes for n logits.
+constexpr int64_t maxima_of(int64_t n) {
+  return (chunks_of(n) + kChunksAtOnce - 1) / kChunksAtOnce * kChunksAtOnce * kChunkLanes;
+}
+
+constexpr int64_t kLargestRank = 4;  // bytes of a maximum at most
+
+// Room for candidates, and how many there are.
+struct Found {
+  int32_t* tokens;
   float* logits;
   int64_t size;
   int64_t capacity;
 };
 
-// What the contrast met at gathered tokens.
+// What the contrast met.
 constexpr uint32_t kMetNanNoised = 1;
 constexpr uint32_t kMetInfiniteNoised = 2;
 constexpr uint32_t kMetOverflow = 4;
@@ -32,8 +38,7 @@ constexpr uint32_t kMetOverflow = 4;
 struct ContrastParams {
   float weight;
   float one_plus_weight;
-  float raise;
-  float floor;
+  bool all_are_candidates;  // a noised logit that is NaN or +inf is met, else it contributes no contrast
 };
 
 struct RaceBest {
@@ -52,15 +57,17 @@ struct Scored {
 struct Loops {
   const char* name;
 
-  // Scans logits [begin, row.size) into `scan`; returns where it stopped: at the end, or where the buffer might overflow.
-  int64_t (*scan)(const LogitRow& row, int64_t begin, Scan& scan);
-  // Sets the scan to its start, for logits of this dtype.
-  void (*start_scan)(DType dtype, Scan& scan);
+  // Reads the row once: writes the maxima of its chunks (as the dtype's ranks, maxima_of(row.size) of them) and returns the largest logit, NaN if any is NaN.
+  float (*chunk_maxima)(const LogitRow& row, void* maxima);
+  // Appends the gathered tokens of the chunks from `chunk` on, `best` being the row's largest logit; reads only logits
+  // behind maxima that are gathered. Returns where it stopped: at chunks_of(row.size) or beyond, or at a chunk for which
+  // there might be no room.
+  int64_t (*collect)(const LogitRow& row, const void* maxima, const Gather& gather, float best, int64_t chunk,
+                     Found& found);
   // Copies n logits from `begin` on as fp32; returns their maximum, NaN if any is NaN.
   float (*widen)(const LogitRow& row, int64_t begin, int64_t n, float* out);
   void (*convert)(const LogitRow& row, int64_t begin, int64_t n, float* out);  // the same without the maximum
-  // scores = contrast of z and noised. Not gathered: a noised logit that is not finite contributes nothing. A score that
-  // is no number below +inf becomes -inf. Returns what it met at gathered tokens.
+  // scores = contrast of z and noised; a score that is no number below +inf becomes -inf. Returns what it met.
   uint32_t (*contrast)(const float* z, const float* noised, int64_t n, const ContrastParams& params, float* scores);
   // Largest value; -inf for n = 0. The values hold no NaN.
   float (*maximum)(const float* x, int64_t n);

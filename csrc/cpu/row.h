@@ -6,12 +6,23 @@
 
 namespace safecode::cpu {
 
-// Inputs of a row; noised.data null: no contrast; words null: no mask.
+// A set of refusal tokens: as words, for a look at one token, and as ascending ids.
+struct Mask {
+  const int32_t* words;
+  const int32_t* tokens;
+  int64_t size;
+};
+
+// Inputs of a row; noised.data null: no contrast; mask null: no bias.
 struct RowInput {
   LogitRow clean;
   LogitRow noised;
   RowParams params;
-  const int32_t* words;
+  const Mask* mask;
+
+  bool uses_noised() const { return noised.data && params.weight != 0; }
+  float bias() const { return mask ? params.bias : 0.0f; }
+  bool is_dense() const { return params.log_beta == -kInfinity; }
 };
 
 // Scores, cuts, filters and draws one token; key null is greedy.

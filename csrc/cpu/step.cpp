@@ -1,6 +1,5 @@
 #include "step.h"
 
-#include "row.h"
 #include "threads.h"
 
 namespace safecode::cpu {
@@ -37,7 +36,7 @@ Step::Step(DType dtype, int64_t rows, int64_t vocab_size, const double* packed)
 
 void Step::set_masks(const int32_t* words, int64_t n_masks) {
   words_ = words;
-  n_masks_ = n_masks;
+  masks_.assign(static_cast<size_t>(n_masks), {});
 }
 
 void Step::set_key(const int64_t* seeds, const int64_t* streams) {
@@ -47,33 +46,47 @@ void Step::set_key(const int64_t* seeds, const int64_t* streams) {
   }
 }
 
-bool Step::legal(const int64_t* mask_ids) const {
-  if (!mask_ids) return true;
+int64_t Step::mask_of(const int64_t* mask_ids, int64_t row) const {
+  return mask_ids ? mask_ids[row] : masks_.empty() ? -1 : 0;
+}
+
+bool Step::use_masks(const int64_t* mask_ids) {
+  const int64_t width = (vocab_size_ + 31) / 32;
   for (int64_t row = 0; row < rows_; ++row) {
-    if (mask_ids[row] < -1 || mask_ids[row] >= n_masks_) return false;
+    const int64_t id = mask_of(mask_ids, row);
+    if (id < -1 || id >= static_cast<int64_t>(masks_.size())) return false;
+    if (id < 0 || masks_[id].mask.words) continue;
+    ListedMask& listed = masks_[id];
+    const int32_t* words = words_ + id * width;
+    for (int64_t word = 0; word < width; ++word) {
+      for (auto left = static_cast<uint32_t>(words[word]); left; left &= left - 1) {
+        const int64_t token = 32 * word + __builtin_ctz(left);
+        if (token < vocab_size_) listed.tokens.push_back(static_cast<int32_t>(token));
+      }
+    }
+    listed.mask = {words, listed.tokens.data(), static_cast<int64_t>(listed.tokens.size())};
   }
   return true;
 }
 
-const int32_t* Step::words_of(const int64_t* mask_ids, int64_t row) const {
-  const int64_t id = mask_ids ? mask_ids[row] : n_masks_ ? 0 : -1;
-  return id < 0 ? nullptr : words_ + id * ((vocab_size_ + 31) / 32);
+RowInput Step::input(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, int64_t row) const {
+  const int64_t id = mask_of(mask_ids, row);
+  return {{row_at(clean, dtype_, row), dtype_, vocab_size_},
+          {row_at(noised, dtype_, row), dtype_, vocab_size_},
+          params_[row],
+          id < 0 ? nullptr : &masks_[id].mask};
 }
 
 bool Step::decode(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, StepIndex step,
                   const ResultColumns& out, int64_t threads) const {
-  if (!legal(mask_ids)) return false;
   for (int64_t row = 0; step.of_row && row < rows_; ++row) {
     if (step.of_row[row] < 0) return false;
   }
   const auto one_row = [&](int64_t row) {
-    const RowInput input{{row_at(clean, dtype_, row), dtype_, vocab_size_},
-                         {row_at(noised, dtype_, row), dtype_, vocab_size_},
-                         params_[row],
-                         words_of(mask_ids, row)};
     DrawKey key{};
     if (!keys_.empty()) key = {keys_[row].seed, keys_[row].stream, step_of(step, row)};
-    store(decode_row(input, keys_.empty() ? nullptr : &key, workspace()), row, out);
+    const RowInput row_input = input(clean, noised, mask_ids, row);
+    store(decode_row(row_input, keys_.empty() ? nullptr : &key, workspace()), row, out);
   };
   if (threads > 1) {
     for_each_row(rows_, threads, one_row);
@@ -83,20 +96,14 @@ bool Step::decode(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids
   return true;
 }
 
-bool Step::scores(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, const ScoreMatrices& out,
+void Step::scores(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, const ScoreMatrices& out,
                   int64_t threads) const {
-  if (!legal(mask_ids)) return false;
   for_each_row(rows_, threads, [&](int64_t row) {
-    const RowInput input{{row_at(clean, dtype_, row), dtype_, vocab_size_},
-                         {row_at(noised, dtype_, row), dtype_, vocab_size_},
-                         params_[row],
-                         words_of(mask_ids, row)};
     const int64_t begin = row * vocab_size_;
-    const Status status =
-        score_row(input, out.scores + begin, out.biased_clean + begin, out.keep + begin, workspace());
+    const Status status = score_row(input(clean, noised, mask_ids, row), out.scores + begin, out.biased_clean + begin,
+                                    out.keep + begin, workspace());
     out.status[row] = static_cast<int32_t>(status);
   });
-  return true;
 }
 
 void draw(DType dtype, int64_t rows, int64_t vocab_size, LogitMatrix scores, const int64_t* seeds,

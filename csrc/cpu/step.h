@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../decode_step.h"
+#include "row.h"
 
 namespace safecode::cpu {
 
@@ -40,28 +40,38 @@ class Step {
   // `packed`: see unpack_row.
   Step(DType dtype, int64_t rows, int64_t vocab_size, const double* packed);
 
-  // words [n_masks, ceil(V / 32)], contiguous; they must outlive the step.
+  // words [n_masks, ceil(V / 32)], contiguous; they must outlive the step and not change.
   void set_masks(const int32_t* words, int64_t n_masks);
   void set_key(const int64_t* seeds, const int64_t* streams);
 
+  // Lists the tokens of the masks that these rows use; false if a mask id is out of range. Must come before `decode` and
+  // `scores` with the same ids, and not from two threads at once.
+  bool use_masks(const int64_t* mask_ids);
+
   // mask_ids int64 [B] in [-1, n_masks); null: mask 0 for every row, none if there are no masks. False, and nothing
-  // computed, if a mask id or a step is out of range.
+  // computed, if a step is out of range.
   bool decode(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, StepIndex step, const ResultColumns& out,
               int64_t threads) const;
-  bool scores(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, const ScoreMatrices& out,
+  void scores(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, const ScoreMatrices& out,
               int64_t threads) const;
 
   int64_t rows() const { return rows_; }
 
  private:
-  bool legal(const int64_t* mask_ids) const;
-  const int32_t* words_of(const int64_t* mask_ids, int64_t row) const;
+  // A mask as its tokens are listed when a row first uses it.
+  struct ListedMask {
+    Mask mask{};
+    std::vector<int32_t> tokens;
+  };
+
+  int64_t mask_of(const int64_t* mask_ids, int64_t row) const;
+  RowInput input(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, int64_t row) const;
 
   DType dtype_;
   int64_t rows_, vocab_size_;
   std::vector<RowParams> params_;
   const int32_t* words_ = nullptr;
-  int64_t n_masks_ = 0;
+  std::vector<ListedMask> masks_;
   std::vector<DrawKey> keys_;
 };
 

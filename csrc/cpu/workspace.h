@@ -7,7 +7,8 @@
 namespace safecode::cpu {
 
 struct Workspace {
-  std::vector<int32_t> tokens, spare_tokens;
+  std::vector<unsigned char> maxima;  // ranks of any dtype
+  std::vector<int32_t> tokens;
   std::vector<float> clean, noised, scores, biased, spare;
   std::vector<double> weights;
 };

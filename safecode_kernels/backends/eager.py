@@ -25,8 +25,12 @@ def step(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | N
     z, ids = _compact(z, None, gathered)
     if bias is None and (noised is None or not rows.any_contrast):
         return _choose(z, ids, rows, key, status)  # scores are the clean logits: what was gathered is what is kept
+    refusal = None
+    if bias is not None and mask is not None:
+        refusal = _refusal(mask, ids, clean.shape[1])
+        z, ids = _compact(z, ids, _candidates(z, refusal, bias, z > NEG_INF, rows))
+        refusal = _refusal(mask, ids, clean.shape[1])
     n = None if noised is None or not rows.any_contrast else _columns(noised, ids).to(rows.dtype)
-    refusal = None if bias is None or mask is None else _refusal(mask, ids, clean.shape[1])
     s, biased_clean, status = _score(z, n, refusal, bias, z > NEG_INF, rows, status)
     keep = plausible(biased_clean, s > NEG_INF, rows.log_beta)
     return _choose(*_compact(s, ids, keep), rows, key, status)
@@ -38,7 +42,10 @@ def scores(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask |
     bias = _row_bias(rows, mask)
     gathered, status = _gather(z, bias, rows)
     n = None if noised is None or not rows.any_contrast else noised.to(rows.dtype)
-    refusal = None if bias is None or mask is None else _refusal(mask, None, clean.shape[1])
+    refusal = None
+    if bias is not None and mask is not None:
+        refusal = _refusal(mask, None, clean.shape[1])
+        gathered = _candidates(z, refusal, bias, gathered, rows)
     s, biased_clean, status = _score(z, n, refusal, bias, gathered, rows, status)
     keep = plausible(biased_clean, s > NEG_INF, rows.log_beta)
     status = _first(status, _status_of_best(s.amax(-1)))
@@ -79,6 +86,12 @@ def _gather(z: Tensor, bias: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]
     else:
         highest, floor = z + bias.clamp(min=0), best + bias.clamp(max=0) + rows.log_beta
     return _at_least(highest, floor.masked_fill((status != Status.OK).unsqueeze(1), math.nan)), status
+
+
+def _candidates(z: Tensor, refusal: Tensor, bias: Tensor, gathered: Tensor, rows: Rows) -> Tensor:
+    """Return which gathered tokens pass the cut when all of the mask is biased; a row with a scope keeps them all."""
+    passes = plausible(z + torch.where(refusal, bias, 0.0), gathered, rows.log_beta)
+    return passes if rows.max_scope == 0 else torch.where(rows.scope == 0, passes, gathered)
 
 
 def _score(

@@ -103,8 +103,11 @@ def _decode_row(clean, noised, params, refusal, seed, stream, step, kind):
     bias = _f(params.refusal_bias if refusal is not None else 0.0, kind)
     log_beta = _f(math.log(params.plausibility_beta) if params.plausibility_beta > 0 else -INF, kind)
     best_z = max(z[v] for v in finite)
+    raised = {v: z[v] + bias if refusal is not None and v in refusal else z[v] for v in finite}
     if params.plausibility_beta == 0:
         gathered = set(finite)
+    elif params.bias_scope == 0:
+        gathered = {v for v in finite if raised[v] >= max(raised.values()) + log_beta}
     elif bias >= 0:
         gathered = {v for v in finite if z[v] + bias >= best_z + log_beta}
     else:

@@ -82,6 +82,27 @@ def test_decode_step_never_reads_a_noised_logit_it_does_not_need(bad):
     )
 
 
+@pytest.mark.parametrize("bias", [2.0, -2.0])
+def test_only_tokens_that_pass_the_cut_are_candidates(bias):
+    """Token 1 would pass if it were biased as token 2 is; it isn't, so its noised logit means nothing."""
+    clean, noised = row(0.0, -3.0, -1.0), row(0.0, NAN, -1.0)
+    params, mask = StepParams(refusal_bias=bias), sk.pack_mask([2], 3)
+    assert int(sk.decode_step(clean, noised, params, refusal_mask=mask).status) == Status.OK
+    assert int(sk.decode_scores(clean, noised, params, refusal_mask=mask).status) == Status.OK
+    # With a scope it isn't known before the scores who is biased.
+    scoped = StepParams(refusal_bias=bias, bias_scope=1)
+    assert int(sk.decode_step(clean, noised, scoped, refusal_mask=mask).status) == Status.NAN_NOISED
+    assert int(sk.decode_scores(clean, noised, scoped, refusal_mask=mask).status) == Status.NAN_NOISED
+
+
+def test_suppressing_the_best_token_makes_candidates_of_what_it_hid():
+    clean, noised = row(5.0, 1.0, -0.5), row(5.0, 1.0, NAN)
+    mask = sk.pack_mask([0], 3)
+    suppressed = sk.decode_step(clean, noised, StepParams(refusal_bias=-6.0), refusal_mask=mask)
+    assert int(suppressed.status) == Status.NAN_NOISED
+    assert int(sk.decode_step(clean, noised, StepParams(refusal_bias=-1.0), refusal_mask=mask).status) == Status.OK
+
+
 @pytest.mark.parametrize("filters", [{}, {"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.5}, {"top_p": 0.9, "min_p": 1.0}])
 def test_decode_step_temperature_overflow_is_infinite(filters: dict[str, float]):
     result = sk.decode_step(row(1e38, 0.0), None, sampling(temperature=1e-3, **filters), seeds=0)

@@ -1,0 +1,171 @@
+// Loops over every token of a row: fp32 copies, contrast, maxima, masses, compaction.
+#include "exponential.h"
+#include "formats.h"
+
+namespace safecode::cpu::SAFECODE_ISA {
+namespace {
+
+template <class Format>
+float widen_format(const void* data, int64_t begin, int64_t n, float* out) {
+  const auto* logits = static_cast<const typename Format::Bits*>(data) + begin;
+  Lanes<Format> lanes;
+  NanFlags<Format> nan = {};
+  start<Format>(lanes);
+  const int64_t whole = n - n % Format::kLanes;
+  for (int64_t i = 0; i < whole; i += Format::kLanes) take<Format>(logits + i, lanes, nan);
+  take_some<Format>(logits + whole, n - whole, lanes, nan);
+  for (int64_t i = 0; i < n; ++i) out[i] = Format::value(logits[i]);
+  return largest<Format>(lanes, Format::kLanes, nan);
+}
+
+template <class Format>
+void convert_format(const void* data, int64_t begin, int64_t n, float* out) {
+  const auto* logits = static_cast<const typename Format::Bits*>(data) + begin;
+  for (int64_t i = 0; i < n; ++i) out[i] = Format::value(logits[i]);
+}
+
+// With every rule for logits that are not finite.
+uint32_t contrast_carefully(const float* z, const float* noised, int64_t n, const ContrastParams& p, float* scores) {
+  uint32_t met = 0;
+#pragma omp simd reduction(| : met)
+  for (int64_t i = 0; i < n; ++i) {
+    const float clean = z[i], raw = noised[i];
+    const uint32_t gathered = p.all_are_candidates && clean > -kInfinity;
+    const uint32_t is_nan = raw != raw, is_infinite = raw == kInfinity;
+    const uint32_t unusable = (raw == -kInfinity) | ((is_nan | is_infinite) & (gathered ^ 1u));
+    const float other = unusable ? clean : raw;
+    const float score = contrast(clean, other, p.weight, p.one_plus_weight);
+    const uint32_t overflow = !(score < kInfinity);
+    met |= gathered & is_nan ? kMetNanNoised : 0u;
+    met |= gathered & is_infinite ? kMetInfiniteNoised : 0u;
+    met |= gathered & overflow ? kMetOverflow : 0u;
+    scores[i] = overflow ? -kInfinity : score;
+  }
+  return met;
+}
+
+}  // namespace
+
+float widen(const LogitRow& row, int64_t begin, int64_t n, float* out) {
+  return with_format(row.dtype,
+                     [&](auto format) { return widen_format<decltype(format)>(row.data, begin, n, out); });
+}
+
+void convert(const LogitRow& row, int64_t begin, int64_t n, float* out) {
+  with_format(row.dtype, [&](auto format) { convert_format<decltype(format)>(row.data, begin, n, out); });
+}
+
+// Groups where every noised logit and score is an ordinary number need none of the rules.
+uint32_t contrast_rows(const float* z, const float* noised, int64_t n, const ContrastParams& params, float* scores) {
+  const ContrastParams p = params;
+  uint32_t met = 0;
+  for (int64_t begin = 0; begin < n; begin += kGroup) {
+    const int64_t size = n - begin < kGroup ? n - begin : kGroup;
+    uint32_t unusual = 0;
+#pragma omp simd reduction(| : unusual)
+    for (int64_t i = begin; i < begin + size; ++i) {
+      const float score = p.one_plus_weight * z[i] - p.weight * noised[i];
+      const float difference = score - noised[i];  // no finite number unless both are
+      unusual |= !(difference - difference == 0.0f);
+      scores[i] = score;
+    }
+    if (unusual) met |= contrast_carefully(z + begin, noised + begin, size, p, scores + begin);
+  }
+  return met;
+}
+
+float maximum(const float* x, int64_t n) {
+  float lanes[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = -kInfinity;
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = larger(x[i + lane], lanes[lane]);
+  }
+  for (int64_t i = whole; i < n; ++i) lanes[i - whole] = larger(x[i], lanes[i - whole]);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] = larger(lanes[lane], lanes[lane + width]);
+  }
+  return lanes[0];
+}
+
+void group_maxima(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += kGroup) *out++ = maximum(x + i, n - i < kGroup ? n - i : kGroup);
+}
+
+int64_t find(const float* x, int64_t n, float value) {
+  for (int64_t i = 0; i < n; i += kGroup) {
+    const int64_t size = n - i < kGroup ? n - i : kGroup;
+    uint32_t any = 0;
+    for (int64_t j = 0; j < size; ++j) any |= x[i + j] == value;
+    for (int64_t j = 0; any && j < size; ++j) {
+      if (x[i + j] == value) return i + j;
+    }
+  }
+  return -1;
+}
+
+int64_t count_finite(const float* x, int64_t n) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += kGroup) {
+    int32_t in_group = 0;
+    for (int64_t j = i; j < (n - i < kGroup ? n : i + kGroup); ++j) in_group += x[j] > -kInfinity;
+    count += in_group;
+  }
+  return count;
+}
+
+void divide(float* x, int64_t n, float divisor) {
+  for (int64_t i = 0; i < n; ++i) x[i] /= divisor;
+}
+
+double mass(const float* x, int64_t n, float best) {
+  const double top = best;
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += exponential(x[i] - top);
+  return sum;
+}
+
+double rough_mass(const float* x, int64_t n, float best) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; i += kGroup) {
+    const int64_t end = n - i < kGroup ? n : i + kGroup;
+    float in_group = 0;
+#pragma omp simd reduction(+ : in_group)
+    for (int64_t j = i; j < end; ++j) in_group += exponential(x[j] - best);
+    sum += in_group;
+  }
+  return sum;
+}
+
+void weights(const float* x, int64_t n, float best, double* out) {
+  const double top = best;
+  for (int64_t i = 0; i < n; ++i) out[i] = exponential(x[i] - top);
+}
+
+int64_t keep_at_least(const Scored& from, float floor, Scored to) {
+  constexpr int64_t kBlock = 64;
+  int64_t size = 0;
+  for (int64_t i = 0; i < from.size; i += kBlock) {
+    const int64_t end = from.size - i < kBlock ? from.size : i + kBlock;
+    uint32_t any = 0;
+    for (int64_t j = i; j < end; ++j) any |= from.scores[j] >= floor;
+    if (!any) continue;
+    for (int64_t j = i; j < end; ++j) {
+      const float score = from.scores[j];
+      const int32_t token = from.tokens ? from.tokens[j] : static_cast<int32_t>(j);
+      to.scores[size] = score;
+      to.tokens[size] = token;
+      size += score >= floor;
+    }
+  }
+  return size;
+}
+
+int32_t largest_integer(const int32_t* x, int64_t n) {
+  int32_t largest = INT32_MIN;
+  for (int64_t i = 0; i < n; ++i) largest = larger(largest, x[i]);
+  return largest;
+}
+
+}  // namespace safecode::cpu::SAFECODE_ISA
