@@ -52,11 +52,8 @@ int64_t collect_biased(const RowInput& input, float best, Workspace& work, Found
   const Mask& mask = *input.mask;
   const float bias = input.bias();
   float* refusal_logits = room(work.spare, mask.size);
-  float best_refusal = -kInfinity;
-  for (int64_t i = 0; i < mask.size; ++i) {
-    refusal_logits[i] = read_logit(input.clean, mask.tokens[i]);
-    best_refusal = std::max(best_refusal, refusal_logits[i]);
-  }
+  loops().read(input.clean, mask.tokens, mask.size, refusal_logits);
+  const float best_refusal = loops().maximum(refusal_logits, mask.size);
   // The largest z + b is at least this; it is more only if a suppressed token is the row's best.
   float top = bias > 0 ? std::max(best, best_refusal + bias) : best_refusal < best ? best : best + bias;
   found = collect(input, {0.0f, 0.0f, input.params.log_beta}, top, work);
@@ -96,7 +93,7 @@ Candidates gather_candidates(const RowInput& input, Workspace& work) {
     return all;
   }
   float* noised = room(work.noised, all.size);
-  for (int64_t i = 0; i < all.size; ++i) noised[i] = read_logit(input.noised, all.tokens[i]);
+  loop.read(input.noised, all.tokens, all.size, noised);
   const ContrastParams contrast{params.weight, params.one_plus_weight, true};
   all.status = status_of_contrast(loop.contrast(all.clean, noised, all.size, contrast, all.scores));
   return all;
@@ -149,12 +146,6 @@ Status status_of_best(float best) {
 Status status_of_contrast(uint32_t met) {
   if (met & kMetNanNoised) return Status::kNanNoised;
   return met & (kMetInfiniteNoised | kMetOverflow) ? Status::kInfinite : Status::kOk;
-}
-
-float read_logit(const LogitRow& row, int64_t i) {
-  if (row.dtype == DType::kFloat32) return static_cast<const float*>(row.data)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(row.data)[i];
-  return row.dtype == DType::kBFloat16 ? from_bfloat16(bits) : from_float16(bits);
 }
 
 Candidates gather(const RowInput& input, Workspace& work) {

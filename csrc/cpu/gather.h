@@ -24,6 +24,4 @@ Candidates gather(const RowInput& input, Workspace& work);
 Status status_of_best(float best);
 Status status_of_contrast(uint32_t met);
 
-float read_logit(const LogitRow& row, int64_t i);
-
 }  // namespace safecode::cpu

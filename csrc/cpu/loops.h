@@ -67,6 +67,8 @@ struct Loops {
   // Copies n logits from `begin` on as fp32; returns their maximum, NaN if any is NaN.
   float (*widen)(const LogitRow& row, int64_t begin, int64_t n, float* out);
   void (*convert)(const LogitRow& row, int64_t begin, int64_t n, float* out);  // the same without the maximum
+  // Reads the logits of n tokens as fp32.
+  void (*read)(const LogitRow& row, const int32_t* tokens, int64_t n, float* out);
   // scores = contrast of z and noised; a score that is no number below +inf becomes -inf. Returns what it met.
   uint32_t (*contrast)(const float* z, const float* noised, int64_t n, const ContrastParams& params, float* scores);
   // Largest value; -inf for n = 0. The values hold no NaN.

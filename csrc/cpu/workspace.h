@@ -6,9 +6,15 @@
 
 namespace safecode::cpu {
 
+struct Candidate {
+  float score;
+  int32_t token;
+};
+
 struct Workspace {
   std::vector<unsigned char> maxima;  // ranks of any dtype
-  std::vector<int32_t> tokens;
+  std::vector<int32_t> tokens, spare_tokens;
+  std::vector<Candidate> candidates;
   std::vector<float> clean, noised, scores, biased, spare;
   std::vector<double> weights;
 };

@@ -109,6 +109,14 @@ def test_decode_step_temperature_overflow_is_infinite(filters: dict[str, float])
     assert (int(result.status), int(result.token)) == (Status.INFINITE, 0)
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 1e-9}])
+def test_decode_step_temperature_may_exclude_tokens_by_overflow(filters: dict[str, float]):
+    result = sk.decode_step(row(0.0, -3e38), None, sampling(temperature=0.1, **filters), seeds=0)
+    assert (int(result.status), int(result.token), int(result.n_kept)) == (Status.OK, 0, 1)
+    result = sk.decode_step(row(-3e38, -3e38), None, sampling(temperature=0.1, **filters), seeds=0)
+    assert int(result.status) == Status.NOTHING_FINITE
+
+
 def test_decode_step_tolerates_masking_with_the_least_finite_number():
     clean, noised = row(LEAST, 1.0, LEAST, 2.0), row(LEAST, 1.0, LEAST, 2.5)
     for weight in (0.43, 1.0, 3.0):

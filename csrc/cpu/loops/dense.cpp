@@ -7,20 +7,20 @@ namespace {
 
 template <class Format>
 float widen_format(const void* data, int64_t begin, int64_t n, float* out) {
-  const auto* logits = static_cast<const typename Format::Bits*>(data) + begin;
+  const auto* logits = static_cast<const typename Format::Stored*>(data) + begin;
   Lanes<Format> lanes;
-  NanFlags<Format> nan = {};
-  start<Format>(lanes);
+  Magnitudes<Format> magnitudes = {};
+  for (auto& lane : lanes) lane = excluded_key<Format>();
   const int64_t whole = n - n % Format::kLanes;
-  for (int64_t i = 0; i < whole; i += Format::kLanes) take<Format>(logits + i, lanes, nan);
-  take_some<Format>(logits + whole, n - whole, lanes, nan);
+  for (int64_t i = 0; i < whole; i += Format::kLanes) take<Format>(logits + i, lanes, magnitudes);
+  take_some<Format>(logits + whole, n - whole, lanes, magnitudes);
   for (int64_t i = 0; i < n; ++i) out[i] = Format::value(logits[i]);
-  return largest<Format>(lanes, Format::kLanes, nan);
+  return largest<Format>(lanes, Format::kLanes, magnitudes);
 }
 
 template <class Format>
 void convert_format(const void* data, int64_t begin, int64_t n, float* out) {
-  const auto* logits = static_cast<const typename Format::Bits*>(data) + begin;
+  const auto* logits = static_cast<const typename Format::Stored*>(data) + begin;
   for (int64_t i = 0; i < n; ++i) out[i] = Format::value(logits[i]);
 }
 
@@ -53,6 +53,14 @@ float widen(const LogitRow& row, int64_t begin, int64_t n, float* out) {
 
 void convert(const LogitRow& row, int64_t begin, int64_t n, float* out) {
   with_format(row.dtype, [&](auto format) { convert_format<decltype(format)>(row.data, begin, n, out); });
+}
+
+void read(const LogitRow& row, const int32_t* tokens, int64_t n, float* out) {
+  with_format(row.dtype, [&](auto format) {
+    using Format = decltype(format);
+    const auto* logits = static_cast<const typename Format::Stored*>(row.data);
+    for (int64_t i = 0; i < n; ++i) out[i] = Format::value(logits[tokens[i]]);
+  });
 }
 
 // Groups where every noised logit and score is an ordinary number need none of the rules.

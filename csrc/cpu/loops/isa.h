@@ -23,6 +23,7 @@ float chunk_maxima(const LogitRow& row, void* maxima);
 int64_t collect(const LogitRow& row, const void* maxima, const Gather& gather, float best, int64_t chunk, Found& found);
 float widen(const LogitRow& row, int64_t begin, int64_t n, float* out);
 void convert(const LogitRow& row, int64_t begin, int64_t n, float* out);
+void read(const LogitRow& row, const int32_t* tokens, int64_t n, float* out);
 uint32_t contrast_rows(const float* z, const float* noised, int64_t n, const ContrastParams& params, float* scores);
 float maximum(const float* x, int64_t n);
 void group_maxima(const float* x, int64_t n, float* out);

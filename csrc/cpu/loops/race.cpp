@@ -1,30 +1,29 @@
 // The race of the draw over many tokens.
-#include "isa.h"
+#include "philox_lanes.h"
 
 namespace safecode::cpu::SAFECODE_ISA {
 namespace {
 
-// 64 neighbouring tokens from a multiple of 64 on: 16 calls of the cipher side by side.
+constexpr int64_t kCalls = 16;  // of the cipher, side by side
+
+// 64 neighbouring tokens from a multiple of 64 on: four words of 16 calls.
 inline void bits_of_range(int64_t first, const DrawKey& key, uint32_t* bits) {
   const uint32_t first_block = philox_block(static_cast<uint32_t>(first));
-  uint32_t words[4][16];
-  for (int call = 0; call < 16; ++call) {
-    const PhiloxWords result = philox(first_block + static_cast<uint32_t>(call), key);
-    for (int word = 0; word < 4; ++word) words[word][call] = result.word[word];
-  }
+  uint32_t blocks[kCalls], words[4][kCalls];
+  for (uint32_t call = 0; call < kCalls; ++call) blocks[call] = first_block + call;
+  philox_calls(blocks, key, words);
   for (int group = 0; group < 2; ++group) {
     for (int word = 0; word < 4; ++word) memcpy(bits + 32 * group + 8 * word, words[word] + 8 * group, 32);
   }
 }
 
 inline void bits_of_tokens(const int32_t* tokens, int64_t n, const DrawKey& key, uint32_t* bits) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t token = static_cast<uint32_t>(tokens[i]);
-    const PhiloxWords result = philox(philox_block(token), key);
-    const uint32_t word = philox_word(token);
-    const uint32_t low = word & 1 ? result.word[1] : result.word[0];
-    const uint32_t high = word & 1 ? result.word[3] : result.word[2];
-    bits[i] = word & 2 ? high : low;
+  uint32_t blocks[kCalls] = {}, words[4][kCalls];
+  for (int64_t begin = 0; begin < n; begin += kCalls) {
+    const int64_t calls = n - begin < kCalls ? n - begin : kCalls;
+    for (int64_t i = 0; i < calls; ++i) blocks[i] = philox_block(static_cast<uint32_t>(tokens[begin + i]));
+    philox_calls(blocks, key, words);
+    for (int64_t i = 0; i < calls; ++i) bits[begin + i] = words[philox_word(static_cast<uint32_t>(tokens[begin + i]))][i];
   }
 }
 
@@ -63,7 +62,7 @@ RaceBest race(const Scored& scored, const DrawKey& key) {
       uint32_t any = 0;
       for (int64_t j = i; j < end; ++j) any |= bounds[j] > limit;
       for (int64_t j = i; any && j < end; ++j) {
-        if (!(bounds[j] > limit)) continue;
+        if (!(bounds[j] > best.value)) continue;
         const double value = scores[j] + gumbel(bits[j]);
         const int64_t token = scored.tokens ? scored.tokens[begin + j] : begin + j;
         if (value > best.value || (value == best.value && token < best.token)) best = {value, token, scores[j]};

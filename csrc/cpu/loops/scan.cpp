@@ -53,22 +53,24 @@ typename Format::Rank least_gathered_rank(const Gather& gather, float floor) {
 // Folds the running maxima of a chunk into the ones that are kept, and these into the row's.
 template <class Format>
 inline void fold(Lanes<Format>& lanes, typename Format::Key* kept, typename Format::Key (&best)[kChunkLanes]) {
-  for (int64_t width = Format::kLanes / 2; width >= kChunkLanes; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] = larger(lanes[lane], lanes[lane + width]);
-  }
+  typename Format::Key top[kChunkLanes];  // nothing that `kept` could overlap: the compiler would not vectorise
   for (int64_t lane = 0; lane < kChunkLanes; ++lane) {
-    kept[lane] = lanes[lane];
-    best[lane] = larger(best[lane], lanes[lane]);
+    top[lane] = lanes[lane];
+    for (int64_t other = lane + kChunkLanes; other < Format::kLanes; other += kChunkLanes) {
+      top[lane] = larger(top[lane], lanes[other]);
+    }
+    best[lane] = larger(best[lane], top[lane]);
   }
+  memcpy(kept, top, sizeof(top));
 }
 
 // The maxima of one chunk. Its logits are whole lanes, so that the compiler keeps them in registers.
 template <class Format>
-inline void scan_chunk(const typename Format::Bits* logits, typename Format::Key* kept,
-                       typename Format::Key (&best)[kChunkLanes], NanFlags<Format>& nan) {
+inline void scan_chunk(const typename Format::Stored* logits, typename Format::Key* kept,
+                       typename Format::Key (&best)[kChunkLanes], Magnitudes<Format>& magnitudes) {
   Lanes<Format> lanes;
-  start<Format>(lanes);
-  for (int64_t i = 0; i < kScanChunk; i += Format::kLanes) take<Format>(logits + i, lanes, nan);
+  start<Format>(logits, lanes, magnitudes);
+  for (int64_t i = Format::kLanes; i < kScanChunk; i += Format::kLanes) take<Format>(logits + i, lanes, magnitudes);
   fold<Format>(lanes, kept, best);
 }
 
@@ -76,41 +78,45 @@ template <class Format>
 float chunk_maxima_format(const LogitRow& row, void* maxima) {
   using Key = typename Format::Key;
   static_assert(kScanChunk % Format::kLanes == 0 && Format::kLanes % kChunkLanes == 0, "lanes fold into maxima");
-  const auto* logits = static_cast<const typename Format::Bits*>(row.data);
+  const auto* logits = static_cast<const typename Format::Stored*>(row.data);
   auto* kept = static_cast<Key*>(maxima);
   const auto* end = kept + maxima_of(row.size);
   Key best[kChunkLanes];
   for (Key& lane : best) lane = excluded_key<Format>();
-  NanFlags<Format> nan = {};
+  Magnitudes<Format> magnitudes = {};
   const int64_t whole = row.size - row.size % kScanChunk;
   for (int64_t begin = 0; begin < whole; begin += kScanChunk, kept += kChunkLanes) {
-    scan_chunk<Format>(logits + begin, kept, best, nan);
+    scan_chunk<Format>(logits + begin, kept, best, magnitudes);
   }
   if (whole < row.size) {
-    typename Format::Bits rest[kScanChunk];
-    for (auto& logit : rest) logit = Format::bits(kExcludedRank<Format>);
+    typename Format::Stored rest[kScanChunk];
+    for (auto& logit : rest) logit = bit_cast<typename Format::Stored>(Format::bits(kExcludedRank<Format>));
     memcpy(rest, logits + whole, static_cast<size_t>(row.size - whole) * sizeof(*rest));
-    scan_chunk<Format>(rest, kept, best, nan);
+    scan_chunk<Format>(rest, kept, best, magnitudes);
     kept += kChunkLanes;
   }
   while (kept < end) *kept++ = excluded_key<Format>();  // `collect` looks at several chunks at once
-  return largest<Format>(best, kChunkLanes, nan);
+  return largest<Format>(best, kChunkLanes, magnitudes);
 }
 
-// One byte per lane of several chunks: whether it holds a candidate. Returns whether any does.
+// One bit per lane of several chunks: whether it holds a candidate.
 template <class Key>
-inline bool find_hits(const Key* lanes, Key least, uint64_t (&hits)[kLanes / 8]) {
+inline uint64_t find_hits(const Key* lanes, Key least) {
   uint8_t hit[kLanes];
   for (int64_t lane = 0; lane < kLanes; ++lane) hit[lane] = lanes[lane] >= least;
-  memcpy(hits, hit, sizeof(hits));
-  uint64_t any = 0;
-  for (const uint64_t eight : hits) any |= eight;
-  return any != 0;
+  uint64_t bytes[kLanes / 8];
+  memcpy(bytes, hit, sizeof(bytes));
+  uint64_t any = 0, bits = 0;
+  for (const uint64_t eight : bytes) any |= eight;
+  if (!any) return 0;
+  // The product brings the lowest bit of each byte to the top byte, in order.
+  for (int64_t i = 0; i < kLanes / 8; ++i) bits |= (bytes[i] * 0x0102040810204080u >> 56) << 8 * i;
+  return bits;
 }
 
 // Appends the candidates among logits begin, begin + kChunkLanes, ... below end.
 template <class Format>
-inline void append(const typename Format::Bits* logits, int64_t begin, int64_t end, float least, Found& found) {
+inline void append(const typename Format::Stored* logits, int64_t begin, int64_t end, float least, Found& found) {
   int32_t* tokens = found.tokens;
   float* values = found.logits;
   int64_t size = found.size;
@@ -127,23 +133,21 @@ template <class Format>
 int64_t collect_format(const LogitRow& row, const void* maxima, const Gather& gather, float best, int64_t chunk,
                        Found& found) {
   using Key = typename Format::Key;
-  const auto* logits = static_cast<const typename Format::Bits*>(row.data);
+  const auto* logits = static_cast<const typename Format::Stored*>(row.data);
   const auto* kept = static_cast<const Key*>(maxima);
   const auto least_bits = Format::bits(least_gathered_rank<Format>(gather, gather.floor(best)));
-  const Key least_key = Format::key(least_bits);
+  const Key least_key = Format::key_of(least_bits);
   const float least = Format::value(least_bits);
   const int64_t chunks = chunks_of(row.size);
   for (; chunk < chunks; chunk += kChunksAtOnce) {
-    uint64_t hits[kLanes / 8];
-    if (!find_hits(kept + chunk * kChunkLanes, least_key, hits)) continue;
+    uint64_t hits = find_hits(kept + chunk * kChunkLanes, least_key);
+    if (!hits) continue;
     if (found.capacity - found.size <= kChunksAtOnce * kScanChunk) return chunk;
-    for (int64_t eight = 0; eight < kLanes / 8; ++eight) {
-      for (uint64_t left = hits[eight]; left; left &= left - 1) {  // each byte is 0 or 1
-        const int64_t lane = 8 * eight + __builtin_ctzll(left) / 8;
-        const int64_t begin = (chunk + lane / kChunkLanes) * kScanChunk;
-        const int64_t end = row.size < begin + kScanChunk ? row.size : begin + kScanChunk;
-        append<Format>(logits, begin + lane % kChunkLanes, end, least, found);
-      }
+    for (; hits; hits &= hits - 1) {
+      const int64_t lane = __builtin_ctzll(hits);
+      const int64_t begin = (chunk + lane / kChunkLanes) * kScanChunk;
+      const int64_t end = row.size < begin + kScanChunk ? row.size : begin + kScanChunk;
+      append<Format>(logits, begin + lane % kChunkLanes, end, least, found);
     }
   }
   return chunk;
