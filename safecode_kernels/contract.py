@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
 from enum import IntEnum
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_INT32 = 2**31 - 1
 
 
 class Status(IntEnum):
@@ -93,45 +96,115 @@ PACKED_FIELDS = (
 )
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The step's parameters with one value per row; made by params.resolve_rows or unpack_rows.
+class _Column:
+    """A row of `Rows.packed` as a column [B, 1], made when it is first asked for: most back ends read `packed`."""
 
-    Rows that are greedy hold the neutral temperature and filters. The plain bool and int attributes are facts known on
-    the host that let a back end skip work.
+    def __init__(self, dtype: torch.dtype | None = None):
+        self.dtype = dtype
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+        self.index = PACKED_FIELDS.index(name)
+
+    def __get__(self, rows: Rows, owner: type) -> Tensor:
+        column = rows.packed[self.index].unsqueeze(1).to(self.dtype or rows.dtype)
+        rows.__dict__[self.name] = column  # found there from now on
+        return column
+
+
+class Rows:
+    """The step's parameters with one value per row, on the device of the logits.
+
+    Rows that are greedy hold the neutral temperature and filters. The plain bool and int attributes are facts that let
+    a back end skip work; where the values are on an accelerator only, looking at them would stop the device, and the
+    facts allow for everything.
+
+    Args:
+        packed: float64 [10, B], row i is PACKED_FIELDS[i], every value already rounded to `dtype`. One tensor holds
+            all, since float64 holds every float32 and every int32.
+        dtype: the compute dtype, float32, or float64 for the oracle.
+        host: the same values on the CPU, if they are known there.
 
     Attributes:
-        packed: float64 [10, B], row i is PACKED_FIELDS[i], every value already rounded to the compute dtype. One tensor
-            holds all, since float64 holds every float32 and every int32.
-        weight, ..., greedy: its rows as columns [B, 1]: the compute dtype (float32, or float64 for the oracle), but
-            `scope` and `top_k` int64, `greedy` bool, and `top_p` float64 as the mass it is compared with.
+        weight, ..., greedy: the rows of `packed` as columns [B, 1]: the compute dtype, but `scope` and `top_k` int64,
+            `greedy` bool, and `top_p` float64 as the mass it is compared with.
     """
 
-    packed: Tensor
-    weight: Tensor
-    one_plus_weight: Tensor
-    bias: Tensor
-    scope: Tensor
-    log_beta: Tensor
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    log_min_p: Tensor
-    greedy: Tensor
-    any_contrast: bool
-    any_bias: bool
-    any_dense: bool
-    max_scope: int
-    any_sampling: bool
-    any_temperature: bool
-    max_top_k: int
-    any_top_p: bool
-    any_min_p: bool
+    weight = _Column()
+    one_plus_weight = _Column()
+    bias = _Column()
+    scope = _Column(torch.int64)
+    log_beta = _Column()
+    temperature = _Column()
+    top_k = _Column(torch.int64)
+    top_p = _Column(torch.float64)
+    log_min_p = _Column()
+    greedy = _Column(torch.bool)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The compute dtype."""
-        return self.weight.dtype
+    def __init__(self, packed: Tensor, dtype: torch.dtype, host: Tensor | None = None):
+        self.packed = packed
+        self.dtype = dtype
+        self._host = packed if host is None and packed.device.type == "cpu" else host
+
+    @cached_property
+    def any_contrast(self) -> bool:
+        """Whether a row's contrast weight is not 0."""
+        return self._any("weight", lambda a: a > 0)
+
+    @cached_property
+    def any_bias(self) -> bool:
+        """Whether a row's refusal bias is not 0."""
+        return self._any("bias", lambda bias: bias != 0)
+
+    @cached_property
+    def any_dense(self) -> bool:
+        """Whether a row's plausibility cut keeps every token."""
+        return self._any("log_beta", lambda log_beta: log_beta == -math.inf)
+
+    @cached_property
+    def any_candidates(self) -> bool:
+        """Whether a row's plausibility cut can drop a token."""
+        return self._any("log_beta", lambda log_beta: log_beta > -math.inf)
+
+    @cached_property
+    def any_sampling(self) -> bool:
+        """Whether a row is not greedy."""
+        return self._any("greedy", lambda greedy: greedy == 0)
+
+    @cached_property
+    def any_temperature(self) -> bool:
+        """Whether a row's temperature is not 1."""
+        return self._any("temperature", lambda t: t != 1)
+
+    @cached_property
+    def any_top_p(self) -> bool:
+        """Whether a row's top_p is on."""
+        return self._any("top_p", lambda p: p < 1)
+
+    @cached_property
+    def any_min_p(self) -> bool:
+        """Whether a row's min_p is on."""
+        return self._any("log_min_p", lambda log_min_p: log_min_p > -math.inf)
+
+    @cached_property
+    def max_scope(self) -> int:
+        """The largest bias scope."""
+        return self._largest("scope")
+
+    @cached_property
+    def max_top_k(self) -> int:
+        """The largest top_k."""
+        return self._largest("top_k")
+
+    @cached_property
+    def _values(self) -> dict[str, list[float]] | None:
+        return None if self._host is None else dict(zip(PACKED_FIELDS, self._host.tolist(), strict=True))
+
+    def _any(self, name: str, matters: Callable[[float], bool]) -> bool:
+        return self._values is None or any(map(matters, self._values[name]))
+
+    def _largest(self, name: str) -> int:
+        return MAX_INT32 if self._values is None else int(max(self._values[name], default=0))
 
 
 class RefusalMask(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import PACKED_FIELDS, Rows
+from .contract import MAX_INT32, PACKED_FIELDS, Rows
 from .errors import ArgumentError, ArgumentTypeError
 
 # The paper's alpha of 0.3 on the scale of the clean logits: alpha / (1 - alpha).
@@ -20,7 +20,6 @@ DEFAULT_PLAUSIBILITY_BETA = 0.1
 # Below this, ordinary scores divided by the temperature leave the range of float32; the limit itself is greedy=True.
 MIN_TEMPERATURE = 1e-6
 MAX_FLOAT32 = torch.finfo(torch.float32).max
-MAX_INT32 = 2**31 - 1
 
 PerRowFloat = float | Sequence[float] | Tensor
 PerRowInt = int | Sequence[int] | Tensor
@@ -50,9 +49,8 @@ _RULES = {
 }
 
 
-# Packed values that are rounded to the compute dtype, and the columns that have another one.
+# Packed values that are rounded to the compute dtype.
 _ROUNDED = ("weight", "one_plus_weight", "bias", "log_beta", "temperature", "log_min_p")
-_KINDS = {"scope": torch.int64, "top_k": torch.int64, "top_p": torch.float64, "greedy": torch.bool}
 
 
 @dataclass(frozen=True)
@@ -156,42 +154,19 @@ def resolve_rows(params: StepParams, *, batch: int, device: torch.device, dtype:
     packed = torch.tensor([columns[name] for name in PACKED_FIELDS], dtype=torch.float64)
     rounded = [PACKED_FIELDS.index(name) for name in _ROUNDED]
     packed[rounded] = packed[rounded].to(dtype).double()
-    return unpack_rows(packed.reshape(len(PACKED_FIELDS), batch), device=device, dtype=dtype)
+    packed = packed.reshape(len(PACKED_FIELDS), batch)
+    return Rows(packed.to(device), dtype, host=packed)
 
 
-def unpack_rows(packed: Tensor, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Rows:
-    """Return the columns of packed parameters on `device`, with the facts about them.
+def pack_params(params: StepParams, batch: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the parameters as torch.ops.safecode_kernels takes them: float64 [10, B], one column per request.
 
     Args:
-        packed: float64 [10, B], see contract.PACKED_FIELDS. On an accelerator its values are not looked at, since that
-            would stop the device: the facts then allow for everything.
-        device: where the back end computes.
-        dtype: compute dtype.
+        params: validated parameters.
+        batch: number of rows B.
+        device: that of the logits.
     """
-    known = packed.device.type == "cpu"
-    values = dict(zip(PACKED_FIELDS, packed.tolist() if known else [[]] * len(PACKED_FIELDS), strict=True))
-
-    def any_row(name: str, matters: Callable[[float], bool]) -> bool:
-        return not known or any(map(matters, values[name]))
-
-    def largest(name: str) -> int:
-        return int(max(values[name], default=0)) if known else MAX_INT32
-
-    packed = packed.to(device)
-    columns = {name: packed[i].unsqueeze(1).to(_KINDS.get(name, dtype)) for i, name in enumerate(PACKED_FIELDS)}
-    return Rows(
-        packed=packed,
-        **columns,
-        any_contrast=any_row("weight", lambda a: a > 0),
-        any_bias=any_row("bias", lambda bias: bias != 0),
-        any_dense=any_row("log_beta", lambda log_beta: log_beta == -math.inf),
-        max_scope=largest("scope"),
-        any_sampling=any_row("greedy", lambda greedy: greedy == 0),
-        any_temperature=any_row("temperature", lambda t: t != 1),
-        max_top_k=largest("top_k"),
-        any_top_p=any_row("top_p", lambda p: p < 1),
-        any_min_p=any_row("log_min_p", lambda log_min_p: log_min_p > -math.inf),
-    )
+    return resolve_rows(params, batch=batch, device=torch.device(device)).packed
 
 
 def _log(x: float) -> float:
