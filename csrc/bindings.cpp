@@ -38,6 +38,18 @@ bool decode(Step& step, Address clean, int64_t clean_stride, Address noised, int
                      {at<int64_t>(token), at<float>(logprob), at<int32_t>(n_kept), at<int32_t>(status)}, threads);
 }
 
+// The same with a step that is made for this one call.
+bool decode_once(int32_t dtype, int64_t rows, int64_t vocab_size, Address packed, Address words, int64_t n_masks,
+                 Address seeds, Address streams, Address clean, int64_t clean_stride, Address noised,
+                 int64_t noised_stride, Address mask_ids, uint64_t step_of_all, Address step_of_row, Address token,
+                 Address logprob, Address n_kept, Address status, int64_t threads) {
+  Step step(static_cast<DType>(dtype), rows, vocab_size, at<const double>(packed));
+  if (words) step.set_masks(at<const int32_t>(words), n_masks);
+  if (seeds) step.set_key(at<const int64_t>(seeds), at<const int64_t>(streams));
+  return decode(step, clean, clean_stride, noised, noised_stride, mask_ids, step_of_all, step_of_row, token, logprob,
+                n_kept, status, threads);
+}
+
 bool scores(Step& step, Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address mask_ids,
             Address out_scores, Address biased_clean, Address keep, Address status, int64_t threads) {
   if (!step.use_masks(at<const int64_t>(mask_ids))) return false;
@@ -82,6 +94,7 @@ PYBIND11_MODULE(_native, module) {
                          Address streams) { step.set_key(at<const int64_t>(seeds), at<const int64_t>(streams)); })
       .def("decode", &decode)
       .def("scores", &scores);
+  module.def("decode_once", &decode_once);
   module.def("draw", &draw);
   module.def("loops", [] { return safecode::cpu::loops().name; });
   module.def("use_loops", [](const char* name) { return safecode::cpu::use_loops(name); });

@@ -49,6 +49,21 @@ SAFECODE_HOST_DEVICE inline RowParams unpack_row(const double* packed, int64_t r
   return params;
 }
 
+// What is wrong with the parameters of a row, null if nothing: what follows relies on these ranges.
+inline const char* illegal_field(const RowParams& p) {
+  const auto in_range = [](double x, double low, double high) { return x >= low && x <= high; };  // false for NaN
+  constexpr double kLargest = 3.4028234663852886e38, kInt32 = 2147483647.0;
+  if (!in_range(p.weight, 0, kLargest)) return "weight";
+  if (!in_range(p.one_plus_weight, 1, kLargest)) return "one_plus_weight";
+  if (!in_range(p.bias, -kLargest, kLargest)) return "bias";
+  if (!in_range(static_cast<double>(p.scope), 0, kInt32)) return "scope";
+  if (!(p.log_beta <= 0)) return "log_beta";
+  if (!(p.temperature > 0) || !in_range(p.temperature, 0, kLargest)) return "temperature";
+  if (!in_range(static_cast<double>(p.top_k), 0, kInt32)) return "top_k";
+  if (!(p.top_p > 0) || !in_range(p.top_p, 0, 1)) return "top_p";
+  return p.log_min_p <= 0 ? nullptr : "log_min_p";
+}
+
 // What a draw depends on besides the token.
 struct DrawKey {
   uint64_t seed;

@@ -42,6 +42,29 @@ class Step:
         /,
     ) -> bool: ...
 
+def decode_once(
+    dtype: int,
+    rows: int,
+    vocab_size: int,
+    packed: int,
+    words: int,
+    n_masks: int,
+    seeds: int,
+    streams: int,
+    clean: int,
+    clean_stride: int,
+    noised: int,
+    noised_stride: int,
+    mask_ids: int,
+    step_of_all: int,
+    step_of_row: int,
+    token: int,
+    logprob: int,
+    n_kept: int,
+    status: int,
+    threads: int,
+    /,
+) -> bool: ...
 def draw(
     dtype: int,
     rows: int,

@@ -110,10 +110,10 @@ def draw(
     Returns:
         StepResult; status 1 for a NaN, 4 for +inf, 3 for a row with nothing finite.
     """
-    batch, _ = _check_logits("scores", scores)
+    batch, _ = check_logits("scores", scores)
     kernels = resolve(backend, device=scores.device, dtype=scores.dtype).load()
     key = None if greedy else _draw_key(seeds, stream, step, batch, scores.device)
-    return _empty_result(scores.device) if batch == 0 else kernels.draw(scores, key)
+    return empty_result(scores.device) if batch == 0 else kernels.draw(scores, key)
 
 
 def plausible(biased_clean: Tensor, allowed: Tensor, beta: float | Tensor) -> Tensor:
@@ -127,8 +127,8 @@ def plausible(biased_clean: Tensor, allowed: Tensor, beta: float | Tensor) -> Te
     Returns:
         bool [B, V]. With `allowed` = where decode_scores is finite it equals `StepScores.keep`.
     """
-    batch, _ = _check_logits("biased_clean", biased_clean)
-    _check_like("allowed", allowed, biased_clean, torch.bool)
+    batch, _ = check_logits("biased_clean", biased_clean)
+    check_like("allowed", allowed, biased_clean, torch.bool)
     rows = resolve_rows(StepParams(plausibility_beta=beta), batch=batch, device=biased_clean.device)
     return allowed.clone() if batch == 0 else eager.plausible(biased_clean.float(), allowed, rows.log_beta)
 
@@ -162,7 +162,7 @@ def prepare_step(
     if dtype not in LOGIT_DTYPES:
         raise ArgumentTypeError(f"dtype={dtype}; legal: {_names(LOGIT_DTYPES)}")
     rows = resolve_rows(params, batch=batch, device=device)
-    _check_refusal_mask(refusal_mask, vocab_size, device)
+    check_refusal_mask(refusal_mask, vocab_size, device)
     if rows.any_bias and refusal_mask is None:
         raise ArgumentError("refusal_bias is not 0 but refusal_mask is None: give pack_masks(...) or refusal_bias=0")
     key = _draw_key(seeds, stream, 0, batch, device) if rows.any_sampling and seeds is not None else None
@@ -202,7 +202,7 @@ class PreparedStep:
         if self.rows.any_sampling and self.key is None:
             raise ArgumentError("seeds is None but a row has greedy=False; legal: one integer in [0, 2**63) per row")
         if self.batch == 0:
-            return _empty_result(self.device)
+            return empty_result(self.device)
         key = None if self.key is None else self.key._replace(step=step)
         return self.kernels.step(clean, noised, self.rows, mask, key)
 
@@ -216,7 +216,7 @@ class PreparedStep:
 
     def _check(self, clean: Tensor, noised: Tensor | None, mask_id: PerRowId | None) -> RefusalMask | None:
         """Raise if the logits are not what the step was prepared for; return the masks of this step."""
-        _check_logits("clean", clean)
+        check_logits("clean", clean)
         if clean.shape != (self.batch, self.vocab_size):
             raise ArgumentError(f"clean has shape {list(clean.shape)}; legal: {[self.batch, self.vocab_size]}")
         if clean.dtype != self.dtype:
@@ -224,7 +224,7 @@ class PreparedStep:
         if clean.device != self.device:
             raise ArgumentError(f"clean is on {clean.device}; legal: {self.device}, for which the step was prepared")
         if noised is not None:
-            _check_like("noised", noised, clean, clean.dtype)
+            check_like("noised", noised, clean, clean.dtype)
         if self.refusal_mask is None:
             if mask_id is not None:
                 raise ArgumentError("mask_id is given but refusal_mask is None: give both or neither")
@@ -249,7 +249,7 @@ def _prepare_for(
     stream: PerRowId | None,
     backend: str,
 ) -> PreparedStep:
-    batch, vocab_size = _check_logits("clean", clean)
+    batch, vocab_size = check_logits("clean", clean)
     return prepare_step(
         params,
         batch=batch,
@@ -263,7 +263,8 @@ def _prepare_for(
     )
 
 
-def _check_logits(name: str, logits: Tensor) -> tuple[int, int]:
+def check_logits(name: str, logits: Tensor) -> tuple[int, int]:
+    """Return [B, V] of logits; raise ArgumentError or ArgumentTypeError unless they are."""
     if not isinstance(logits, Tensor):
         raise ArgumentTypeError(f"{name} is a {type(logits).__name__}; legal: a tensor [B, V]")
     if logits.dtype not in LOGIT_DTYPES:
@@ -273,7 +274,8 @@ def _check_logits(name: str, logits: Tensor) -> tuple[int, int]:
     return logits.shape[0], logits.shape[1]
 
 
-def _check_like(name: str, tensor: Tensor, model: Tensor, dtype: torch.dtype) -> None:
+def check_like(name: str, tensor: Tensor, model: Tensor, dtype: torch.dtype) -> None:
+    """Raise ArgumentError or ArgumentTypeError unless a tensor has this dtype and the model's shape and device."""
     if not isinstance(tensor, Tensor):
         raise ArgumentTypeError(f"{name} is a {type(tensor).__name__}; legal: a tensor of shape {list(model.shape)}")
     if tensor.dtype != dtype:
@@ -284,7 +286,8 @@ def _check_like(name: str, tensor: Tensor, model: Tensor, dtype: torch.dtype) ->
         raise ArgumentError(f"{name} is on {tensor.device}; legal: {model.device}")
 
 
-def _check_refusal_mask(words: Tensor | None, vocab_size: int, device: torch.device) -> None:
+def check_refusal_mask(words: Tensor | None, vocab_size: int, device: torch.device) -> None:
+    """Raise ArgumentError or ArgumentTypeError unless the words are masks of this vocabulary."""
     if words is None:
         return
     if not isinstance(words, Tensor) or words.dtype != torch.int32:
@@ -353,7 +356,8 @@ def _check_step(step: PerRowId, batch: int, device: torch.device) -> int | Tenso
     return _check_int("step", step, 0, MAX_STEP)
 
 
-def _empty_result(device: torch.device) -> StepResult:
+def empty_result(device: torch.device) -> StepResult:
+    """Return the result of an empty batch."""
     ints = torch.zeros(0, dtype=torch.int32, device=device)
     return StepResult(ints.long(), ints.float(), ints, ints.clone())
 

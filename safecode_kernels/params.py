@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -49,7 +50,7 @@ _RULES = {
 }
 
 
-# Packed values that are rounded to the compute dtype.
+# Packed values that are rounded to float32, if that is the compute dtype.
 _ROUNDED = ("weight", "one_plus_weight", "bias", "log_beta", "temperature", "log_min_p")
 
 
@@ -151,9 +152,9 @@ def resolve_rows(params: StepParams, *, batch: int, device: torch.device, dtype:
         "log_min_p": [_log(min_p) for min_p in value["min_p"]],
         "greedy": greedy,
     }
+    if dtype == torch.float32:
+        columns.update({name: list(array("f", columns[name])) for name in _ROUNDED})
     packed = torch.tensor([columns[name] for name in PACKED_FIELDS], dtype=torch.float64)
-    rounded = [PACKED_FIELDS.index(name) for name in _ROUNDED]
-    packed[rounded] = packed[rounded].to(dtype).double()
     packed = packed.reshape(len(PACKED_FIELDS), batch)
     return Rows(packed.to(device), dtype, host=packed)
 

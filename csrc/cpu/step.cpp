@@ -1,5 +1,8 @@
 #include "step.h"
 
+#include <stdexcept>
+#include <string>
+
 #include "threads.h"
 
 namespace safecode::cpu {
@@ -31,7 +34,13 @@ void store(const RowResult& result, int64_t row, const ResultColumns& out) {
 
 Step::Step(DType dtype, int64_t rows, int64_t vocab_size, const double* packed)
     : dtype_(dtype), rows_(rows), vocab_size_(vocab_size), params_(static_cast<size_t>(rows)) {
-  for (int64_t row = 0; row < rows; ++row) params_[row] = unpack_row(packed, rows, row);
+  for (int64_t row = 0; row < rows; ++row) {
+    params_[row] = unpack_row(packed, rows, row);
+    if (const char* field = illegal_field(params_[row])) {
+      throw std::invalid_argument("params: " + std::string(field) + " of row " + std::to_string(row) +
+                                  " is out of range; make params with pack_params");
+    }
+  }
 }
 
 void Step::set_masks(const int32_t* words, int64_t n_masks) {
@@ -79,8 +88,9 @@ RowInput Step::input(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_
 
 bool Step::decode(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, StepIndex step,
                   const ResultColumns& out, int64_t threads) const {
-  for (int64_t row = 0; step.of_row && row < rows_; ++row) {
-    if (step.of_row[row] < 0) return false;
+  for (int64_t row = 0; row < rows_; ++row) {
+    if (step.of_row && step.of_row[row] < 0) return false;
+    if (keys_.empty() && !params_[row].greedy) return false;
   }
   const auto one_row = [&](int64_t row) {
     DrawKey key{};

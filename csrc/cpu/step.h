@@ -37,7 +37,7 @@ struct ScoreMatrices {
 // Everything about a decode step that stays the same during a generation. Copies what it is given, except the mask words.
 class Step {
  public:
-  // `packed`: see unpack_row.
+  // `packed`: see unpack_row. Throws std::invalid_argument, which names row and field, for an illegal value.
   Step(DType dtype, int64_t rows, int64_t vocab_size, const double* packed);
 
   // words [n_masks, ceil(V / 32)], contiguous; they must outlive the step and not change.
@@ -49,7 +49,7 @@ class Step {
   bool use_masks(const int64_t* mask_ids);
 
   // mask_ids int64 [B] in [-1, n_masks); null: mask 0 for every row, none if there are no masks. False, and nothing
-  // computed, if a step is out of range.
+  // computed, if a step is out of range or a row samples without a key.
   bool decode(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, StepIndex step, const ResultColumns& out,
               int64_t threads) const;
   void scores(LogitMatrix clean, LogitMatrix noised, const int64_t* mask_ids, const ScoreMatrices& out,

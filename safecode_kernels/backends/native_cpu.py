@@ -9,12 +9,13 @@ from torch import Tensor
 
 from .. import _native
 from ..contract import DrawKey, RefusalMask, Rows, StepResult, StepScores
+from ..errors import ArgumentError
 from ..rng import MAX_STEP
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Below this many bytes of logits one thread is done before a second one has woken up.
 THREADING_BYTES = 2 * 2**20
-# Results are allocated so many steps at a time: four allocations per step would cost more than a small step.
+# Results are allocated for so many steps at a time, after the first: four allocations cost more than a small step.
 STEPS_PER_ALLOCATION = 32
 
 NULL = 0
@@ -23,17 +24,43 @@ NULL = 0
 def step(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | None, key: DrawKey | None) -> StepResult:
     """Score, cut, filter and draw one token per row."""
     clean, noised = _readable(clean), None if noised is None else _readable(noised)
-    words = None if mask is None else mask.words
-    prepared = NativeStep(clean.shape, clean.dtype, rows, words, key)
-    mask_id = None if mask is None else mask.mask_id.contiguous()
-    result = prepared(clean, noised, mask_id, 0 if key is None else _contiguous(key).step)
-    assert result is not None, "arguments were checked by ops"
+    batch, vocab_size = clean.shape
+    packed = rows.packed.contiguous()
+    words, mask_id = (None, None) if mask is None else (mask.words.contiguous(), mask.mask_id.contiguous())
+    seeds, stream, index = (None, None, 0) if key is None else _contiguous(key)
+    result = _new_result(batch)
+    served = _native.decode_once(
+        DTYPE_CODES[clean.dtype],
+        batch,
+        vocab_size,
+        packed.data_ptr(),
+        NULL if words is None else words.data_ptr(),
+        0 if words is None else len(words),
+        NULL if seeds is None else seeds.data_ptr(),
+        NULL if stream is None else stream.data_ptr(),
+        clean.data_ptr(),
+        clean.stride(0),
+        NULL if noised is None else noised.data_ptr(),
+        0 if noised is None else noised.stride(0),
+        NULL if mask_id is None else mask_id.data_ptr(),
+        *_step_index(index),
+        result.token.data_ptr(),
+        result.logprob.data_ptr(),
+        result.n_kept.data_ptr(),
+        result.status.data_ptr(),
+        _threads(batch, vocab_size, clean.dtype),
+    )
+    if not served:
+        raise ArgumentError(
+            "a mask_id is outside [-1, M), a step outside [0, 2**63), or a row samples and there are no seeds"
+        )
     return result
 
 
 def scores(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | None) -> StepScores:
     """Return every token's score, biased clean logit and whether it passes the cut."""
     clean, noised = _readable(clean), None if noised is None else _readable(noised)
+    batch, vocab_size = clean.shape
     words = None if mask is None else mask.words.contiguous()
     native = _native_step(clean.shape, clean.dtype, rows, words, None)
     mask_id = None if mask is None else mask.mask_id.contiguous()
@@ -43,7 +70,7 @@ def scores(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask |
         torch.empty(clean.shape, dtype=torch.bool),
         torch.empty(len(clean), dtype=torch.int32),
     )
-    native.scores(
+    served = native.scores(
         clean.data_ptr(),
         clean.stride(0),
         NULL if noised is None else noised.data_ptr(),
@@ -53,8 +80,10 @@ def scores(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask |
         out.biased_clean.data_ptr(),
         out.keep.data_ptr(),
         out.status.data_ptr(),
-        _threads(clean.shape, clean.dtype),
+        _threads(batch, vocab_size, clean.dtype),
     )
+    if not served:
+        raise ArgumentError("a mask_id is outside [-1, M)")
     return out
 
 
@@ -62,12 +91,7 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
     """Draw from processed scores; key None takes the best."""
     scores = _readable(scores)
     batch, vocab_size = scores.shape
-    result = StepResult(
-        torch.empty(batch, dtype=torch.int64),
-        torch.empty(batch),
-        torch.empty(batch, dtype=torch.int32),
-        torch.empty(batch, dtype=torch.int32),
-    )
+    result = _new_result(batch)
     seeds, stream, step = (None, None, 0) if key is None else _contiguous(key)
     _native.draw(
         DTYPE_CODES[scores.dtype],
@@ -82,9 +106,14 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
         result.logprob.data_ptr(),
         result.n_kept.data_ptr(),
         result.status.data_ptr(),
-        _threads(scores.shape, scores.dtype),
+        _threads(batch, vocab_size, scores.dtype),
     )
     return result
+
+
+def _new_result(batch: int) -> StepResult:
+    ints = torch.empty(batch, dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
+    return StepResult(torch.empty(batch, dtype=torch.int64), torch.empty(batch), *ints)
 
 
 def prepare(
@@ -104,7 +133,7 @@ class NativeStep:
 
     def __init__(
         self,
-        clean_shape: tuple[int, ...],
+        clean_shape: tuple[int, int],
         dtype: torch.dtype,
         rows: Rows,
         refusal_mask: Tensor | None,
@@ -116,10 +145,10 @@ class NativeStep:
         self._words = None if refusal_mask is None else refusal_mask.contiguous()  # native memory points into it
         self._native = _native_step(self._shape, dtype, rows, self._words, key)
         self._n_masks = 0 if refusal_mask is None else len(refusal_mask)
-        self._threaded = _is_large(self._shape, dtype)
+        self._threaded = _is_large(*clean_shape, dtype)
         self._column_shape = self._shape[:1]
-        self._ready: list[tuple[StepResult, int, int, int, int]] = []
-        self._reused = self._allocate(1)[0] if reuse_results else None
+        self._ready = self._allocate(1)
+        self._reused = self._ready[0] if reuse_results else None
 
     def __call__(self, clean: Tensor, noised: Tensor | None, mask_id: object, step: object) -> StepResult | None:
         """Return one token per row; None for anything but plain tensors exactly as prepared."""
@@ -207,9 +236,9 @@ def _native_step(
     return native
 
 
-def _contiguous(key: DrawKey) -> DrawKey:
+def _contiguous(key: DrawKey) -> tuple[Tensor, Tensor, int | Tensor]:
     step = key.step.contiguous() if isinstance(key.step, Tensor) else key.step
-    return DrawKey(key.seeds.contiguous(), key.stream.contiguous(), step)
+    return key.seeds.contiguous(), key.stream.contiguous(), step
 
 
 def _step_index(step: int | Tensor) -> tuple[int, int]:
@@ -219,14 +248,12 @@ def _step_index(step: int | Tensor) -> tuple[int, int]:
 
 def _readable(logits: Tensor) -> Tensor:
     """Return the logits with neighbours of a row side by side: native code knows row strides only."""
-    logits = logits.detach()
-    return logits if logits.stride(1) == 1 else logits.contiguous()
+    return logits if logits.is_contiguous() or logits.stride(1) == 1 else logits.contiguous()
 
 
-def _is_large(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    batch, vocab_size = shape
+def _is_large(batch: int, vocab_size: int, dtype: torch.dtype) -> bool:
     return batch > 1 and batch * vocab_size * dtype.itemsize >= THREADING_BYTES
 
 
-def _threads(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return torch.get_num_threads() if _is_large(shape, dtype) else 1
+def _threads(batch: int, vocab_size: int, dtype: torch.dtype) -> int:
+    return torch.get_num_threads() if _is_large(batch, vocab_size, dtype) else 1

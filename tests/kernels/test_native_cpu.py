@@ -148,3 +148,25 @@ def test_the_module_links_no_openmp(native):
         pytest.skip("ldd is not available here")
     assert "gomp" not in listed.stdout
     assert "libomp" not in listed.stdout
+
+
+@pytest.mark.parametrize("field", range(9))
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), -3.0, float("inf")])
+def test_parameters_that_no_step_params_could_hold_are_refused(field, value):
+    name = sk.contract.PACKED_FIELDS[field]
+    legal = {"bias": [-3.0], "log_beta": [-3.0, float("-inf")], "log_min_p": [-3.0, float("-inf")]}
+    packed = sk.pack_params(StepParams(greedy=False), 2)
+    packed[field, 1] = value
+    clean, seeds = torch.zeros(2, 40), torch.zeros(2, dtype=torch.int64)
+    call = torch.ops.safecode_kernels.decode_step
+    if value in legal.get(name, []):
+        call(clean, clean, packed, None, None, seeds, None, None, "native_cpu")
+    else:
+        with pytest.raises(ValueError, match=f"{name} of row 1 is out of range; make params with pack_params"):
+            call(clean, clean, packed, None, None, seeds, None, None, "native_cpu")
+
+
+def test_operator_without_seeds_does_not_sample():
+    packed = sk.pack_params(StepParams(greedy=False), 1)
+    with pytest.raises(sk.ArgumentError, match="a row samples and there are no seeds"):
+        torch.ops.safecode_kernels.decode_step(torch.zeros(1, 9), None, packed, backend="native_cpu")
