@@ -48,7 +48,7 @@ struct Gather {
 
   SAFECODE_HOST_DEVICE float floor(float best) const {
     const float value = (best + lower) + log_beta;
-    return value < -kLargestFloat ? -kLargestFloat : value;  // -inf is excluded whatever the floor
+    return value >= -kLargestFloat ? value : -kLargestFloat;  // -inf is excluded whatever the floor, even inf - inf
   }
 };
 

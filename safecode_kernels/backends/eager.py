@@ -63,7 +63,8 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
 def plausible(biased_clean: Tensor, allowed: Tensor, log_beta: Tensor) -> Tensor:
     """Return the allowed tokens whose biased clean logit is at least the best allowed one plus log(beta)."""
     best = biased_clean.masked_fill(~allowed, NEG_INF).amax(-1, keepdim=True)
-    return allowed & (biased_clean >= best + log_beta)
+    floor = torch.where(log_beta == NEG_INF, NEG_INF, best + log_beta)  # inf - inf would be NaN
+    return allowed & (biased_clean >= floor)
 
 
 def _row_bias(rows: Rows, mask: RefusalMask | None) -> Tensor | None:

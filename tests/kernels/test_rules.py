@@ -278,6 +278,14 @@ def test_cut_includes_the_bias_so_that_suppression_has_an_alternative():
     assert int(sk.decode_step(clean, None, StepParams(contrast_weight=0)).n_kept) == 1
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_bias_that_overflows_a_score_is_a_status(beta):
+    clean, mask = row(3e38, 1.0), sk.pack_mask([0], 2)
+    params = StepParams(contrast_weight=0, plausibility_beta=beta, refusal_bias=3e38)
+    assert int(sk.decode_step(clean, None, params, refusal_mask=mask).status) == Status.INFINITE
+    assert int(sk.decode_scores(clean, None, params, refusal_mask=mask).status) == Status.INFINITE
+
+
 def test_bias_scope_biases_only_the_best():
     clean = row(4.0, 3.0, 2.0, 1.0)
     mask = sk.pack_mask([2, 3], 4)
