@@ -17,7 +17,7 @@ LINTED := safecode_kernels python tests benchmarks scripts setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-all test-matrix lint format dist bench-hazard-world clean clean-all
+.PHONY: help venv demo test test-all test-matrix sanitize-cpu lint format dist bench-hazard-world clean clean-all
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test-all: $(INSTALLED) ## run every test, then the matrix
 
 test-matrix: $(INSTALLED) ## run the tests that touch transformers on each version in tests/matrix
 	JOBS=$(JOBS) bash scripts/test_matrix.sh $(BIN)
+
+sanitize-cpu: $(INSTALLED) ## run the grid and some fuzz on an instrumented build of the native CPU code
+	bash scripts/sanitize_cpu.sh $(BIN)
 
 lint: $(INSTALLED) ## check style, formatting and types
 	$(BIN)/ruff check $(LINTED)
