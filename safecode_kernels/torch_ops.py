@@ -13,12 +13,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .contract import PACKED_FIELDS, DrawKey, Kernels, RefusalMask, Rows, StepResult, StepScores
+from .contract import LOGIT_DTYPES, PACKED_FIELDS, DrawKey, Kernels, RefusalMask, Rows, StepResult, StepScores
 from .errors import ArgumentError, ArgumentTypeError
 from .ops import check_like, check_logits, check_refusal_mask, empty_result
 from .registry import resolve
 
 NAMESPACE = "safecode_kernels"
+_FIELDS = len(PACKED_FIELDS)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
@@ -118,25 +119,34 @@ def forget_backends() -> None:
 
 
 def _check(
-    clean: Tensor, noised: Tensor | None, params: Tensor, refusal_mask: Tensor | None, mask_id: Tensor | None
+    clean: Tensor,
+    noised: Tensor | None,
+    params: Tensor,
+    refusal_mask: Tensor | None,
+    mask_id: Tensor | None,
 ) -> int:
-    batch, vocab_size = check_logits("clean", clean)
-    if noised is not None:
-        check_like("noised", noised, clean, clean.dtype)
+    """Return B; raise unless the operands fit together. The slow checks that name what is wrong run only if one is."""
+    batch, vocab_size = shape = clean.shape if clean.ndim == 2 else check_logits("clean", clean)
+    device, dtype = clean.device, clean.dtype
+    if dtype not in LOGIT_DTYPES or vocab_size == 0:
+        check_logits("clean", clean)
+    if noised is not None and (noised.dtype != dtype or noised.shape != shape or noised.device != device):
+        check_like("noised", noised, clean, dtype)
     if params.dtype != torch.float64:
         raise ArgumentTypeError(f"params is {params.dtype}; legal: torch.float64, from pack_params")
-    if params.shape != (len(PACKED_FIELDS), batch) or params.device != clean.device:
+    if params.shape != (_FIELDS, batch) or params.device != device:
         raise ArgumentError(
-            f"params has shape {list(params.shape)} on {params.device}; legal: {[len(PACKED_FIELDS), batch]} on "
-            f"{clean.device}, from pack_params"
+            f"params has shape {list(params.shape)} on {params.device}; legal: {[_FIELDS, batch]} on {device}, from "
+            "pack_params"
         )
-    check_refusal_mask(refusal_mask, vocab_size, clean.device)
-    if mask_id is not None:
-        if refusal_mask is None:
-            raise ArgumentError("mask_id is given but refusal_mask is None: give both or neither")
-        _check_column("mask_id", mask_id, batch, clean.device)
-    elif refusal_mask is not None and len(refusal_mask) != 1:
-        raise ArgumentError(f"mask_id is None but refusal_mask has {len(refusal_mask)} rows; legal: int64 [B]")
+    if refusal_mask is not None:
+        check_refusal_mask(refusal_mask, vocab_size, device)
+        if mask_id is not None:
+            _check_column("mask_id", mask_id, batch, device)
+        elif len(refusal_mask) != 1:
+            raise ArgumentError(f"mask_id is None but refusal_mask has {len(refusal_mask)} rows; legal: int64 [B]")
+    elif mask_id is not None:
+        raise ArgumentError("mask_id is given but refusal_mask is None: give both or neither")
     return batch
 
 
@@ -148,10 +158,14 @@ def _check_column(name: str, column: Tensor, batch: int, device: torch.device) -
 
 
 def _key(seeds: Tensor, stream: Tensor | None, step: Tensor | None, batch: int, device: torch.device) -> DrawKey:
-    for name, column in (("seeds", seeds), ("stream", stream), ("step", step)):
-        if column is not None:
-            _check_column(name, column, batch, device)
-    return DrawKey(seeds, torch.zeros_like(seeds) if stream is None else stream, 0 if step is None else step)
+    _check_column("seeds", seeds, batch, device)
+    if stream is None:
+        stream = torch.zeros_like(seeds)
+    else:
+        _check_column("stream", stream, batch, device)
+    if step is not None:
+        _check_column("step", step, batch, device)
+    return DrawKey(seeds, stream, 0 if step is None else step)
 
 
 def _mask(words: Tensor | None, mask_id: Tensor | None, batch: int) -> RefusalMask | None:
