@@ -177,9 +177,9 @@ def published_arm(arms: Arms, checkout: str, verdict: str, free_tokens: int) -> 
         arms.model.generate = shortened
         try:
             _, ids = run_published(
-                utils, arms.model, arms.processor, real_img_path=str(path), neutral_img=noised, conversation=arms.prompt,
-                verdict=verdict, refusal_prefixes=["I cannot", "I'm sorry", "Sorry"], model_type="llava", alpha=0.3,
-                max_steps=WINDOW, top_k=20, lambda_supp=1.0, lambda_boost=1.0,
+                utils, arms.model, arms.processor, real_img_path=str(path), neutral_img=noised,
+                conversation=arms.prompt, verdict=verdict, refusal_prefixes=["I cannot", "I'm sorry", "Sorry"], model_type="llava",
+                alpha=0.3, max_steps=WINDOW, top_k=20, lambda_supp=1.0, lambda_boost=1.0,
             )  # fmt: skip
         finally:
             del arms.model.generate
