@@ -114,9 +114,7 @@ class Arms:
             self._forward(ids, mask, fork)
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        output = self.model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
     @torch.no_grad()
@@ -178,8 +176,8 @@ def published_arm(arms: Arms, checkout: str, verdict: str, free_tokens: int) -> 
         try:
             _, ids = run_published(
                 utils, arms.model, arms.processor, real_img_path=str(path), neutral_img=noised,
-                conversation=arms.prompt, verdict=verdict, refusal_prefixes=["I cannot", "I'm sorry", "Sorry"], model_type="llava",
-                alpha=0.3, max_steps=WINDOW, top_k=20, lambda_supp=1.0, lambda_boost=1.0,
+                conversation=arms.prompt, verdict=verdict, refusal_prefixes=["I cannot", "I'm sorry", "Sorry"],
+                model_type="llava", alpha=0.3, max_steps=WINDOW, top_k=20, lambda_supp=1.0, lambda_boost=1.0,
             )  # fmt: skip
         finally:
             del arms.model.generate
