@@ -41,14 +41,14 @@ def inputs_of(case: Case) -> Inputs:
 
     assert case.noised is not None
     assert case.refusal_mask is not None
-    params, vocab_size = case.params, case.clean.shape[1]
+    params, vocab_size, device = case.params, case.clean.shape[1], case.clean.device
     member = unpack_mask(case.refusal_mask, vocab_size)[0]
     beta = float(params.plausibility_beta)  # type: ignore[arg-type]
     return Inputs(
         clean=case.clean,
         noised=case.noised,
-        weight=torch.tensor(params.per_row("contrast_weight", case.batch)).unsqueeze(1),
-        bias=torch.tensor(params.per_row("refusal_bias", case.batch)).unsqueeze(1),
+        weight=torch.tensor(params.per_row("contrast_weight", case.batch), device=device).unsqueeze(1),
+        bias=torch.tensor(params.per_row("refusal_bias", case.batch), device=device).unsqueeze(1),
         refusal_ids=member.nonzero().flatten(),
         member=member.float(),
         log_beta=math.log(beta) if beta > 0 else None,
@@ -88,10 +88,10 @@ def compact(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     weight, shift = x.weight[row, 0], x.bias[row, 0] * x.member[token]
     score = (1 + weight) * clean - weight * x.noised[row, token].float() + shift
     counts = torch.bincount(row, minlength=len(z))
-    slot = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+    slot = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
     width = int(counts.max())
-    scores = torch.full((len(z), width), NEG_INF)
-    biased, ids = scores.clone(), torch.zeros(len(z), width, dtype=torch.int64)
+    scores = z.new_full((len(z), width), NEG_INF)
+    biased, ids = scores.clone(), row.new_zeros(len(z), width)
     scores[row, slot], biased[row, slot], ids[row, slot] = score, clean + shift, token
     scores = scores.masked_fill(biased < biased.amax(-1, keepdim=True) + x.log_beta, NEG_INF)
     if x.greedy:
