@@ -4,9 +4,9 @@
     python benchmarks/decode_step_gpu.py --device cpu       a dry run that shows the script works; its times say nothing
 
 Each variant is captured once over enough sets of logits to exceed the L2 cache several times ("cold"), and once over
-one set ("warm"); a replay's time over its number of calls is what a call costs in a captured generation. What a graph cannot
-hold (it looks at a value on the host) is timed call by call, and its row says so. Every back end's tokens are compared
-with the CPU's first.
+one set ("warm"); a replay's time over its number of calls is what a call costs in a captured generation. What a graph
+cannot hold (it looks at a value on the host) is timed call by call, and its row says so. Every back end's tokens are
+compared with the CPU's first.
 """
 
 from __future__ import annotations
