@@ -116,10 +116,10 @@ def test_an_image_token_is_never_written() -> None:
 
 
 def test_rubbish_behind_a_sound_first_token_keeps_that_token(short: None) -> None:
-    """As stock sampling would go on from the prompt and this one token."""
+    """As stock sampling would go on from the prompt and this one token; transformers 4 looks at no other."""
     model, processor = model_of("llava")
-    _, guided = decode(refusal_prefixes=["sorry $5"])
-    _, ids = decode(refusal_prefixes=["sorry $5"], generate_rest=True)
+    _, guided = decode(refusal_prefixes=["$5 sorry"])
+    _, ids = decode(refusal_prefixes=["$5 sorry"], generate_rest=True)
     inputs = model_types.model_type("llava").prompt(processor, Image.open(IMAGE), QUERY)
     start = torch.cat([inputs["input_ids"], torch.tensor([guided[:1]])], 1)
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from published_cases import (
     whole_cases,
     write_recording,
 )
-from published_checkout import PACKAGE, run_published
+from published_checkout import PACKAGE, load_driver, run_published
 from published_models import IMAGE, published_model
 from safecode_mllm import compat
 
@@ -167,6 +168,35 @@ def test_install_swaps_and_puts_back(utils: Any, tmp_path: Path) -> None:
     finally:
         compat.uninstall()
     assert dict(vars(utils)) == before
+
+
+def test_a_driver_writes_the_same_file(
+    utils: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver = load_driver()
+    for part in ("chat", "embodied"):
+        (tmp_path / part).mkdir()
+        for index in (1, 2):
+            Image.open(picture_path(index, tmp_path)).save(tmp_path / part / f"{index}.png")
+    pair = {"safe_image_path": "1.png", "unsafe_image_path": "2.png", "safe": "1.png", "unsafe": "2.png"}
+    instructions = {"safe_instructions": ["go on"], "unsafe_instructions": ["cut it"]}
+    data = {"chat": [pair | {"queries": ["Any tips?"]}], "embodied": [pair | instructions]}
+    settings = dict(zip(_SETTINGS, (0.3, 5, 20, 1.0, 1.0), strict=True))
+    arguments = SimpleNamespace(mss_data_root=str(tmp_path), method=PACKAGE, model_type="llava", **settings)
+    judge = {"1.png": "safe", "2.png": "unsafe"}
+    monkeypatch.setattr(driver, "prepare_caption_and_verdict", lambda path, query: ("", judge[Path(path).name]))
+    model, processor = model_of("llava")
+    written = []
+    for index in range(2):
+        if index:
+            compat.install()
+        torch.manual_seed(0)
+        path = tmp_path / f"{index}.json"
+        driver.test_each_mss(data, model, processor, processor.tokenizer, arguments, output_path=str(path))
+        written.append(json.loads(path.read_text()))
+    compat.uninstall()
+    assert written[0] == written[1] and len(written[0]["embodied"]) == 1
+    capsys.readouterr()
 
 
 def test_recording(utils: Any, tmp_path: Path, pytestconfig: pytest.Config) -> None:
