@@ -73,8 +73,8 @@ def contrastive_decode_multistep_with_modulation(
         conversation: the user's text; special tokens in it are special, as in the published code.
         verdict: what the judge said: "safe", "unsafe", or a reply that says so.
         refusal_prefixes: openings of refusals: candidates of the forced phrase, and the tokens made less likely.
-        model_type: "llava", "qwen", "instructblip" as "instructionblip", or "idefics": the prompt and the lengths.
-        alpha: weight of the noised view's logits, >= 0; halved for a safe verdict.
+        model_type: "llava", "qwen", "instructionblip" or "idefics": the prompt and the lengths.
+        alpha: weight of the noised view's logits; halved for a safe verdict.
         max_steps: guided tokens, at most; >= 0.
         top_k: how many phrases are ranked; it restricts no token.
         lambda_supp: a safe verdict multiplies the probability of refusal tokens by 1 - lambda_supp / 2, at least 0.
