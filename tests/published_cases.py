@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 
 from published_models import DATA, IMAGE, MODEL_TYPES
@@ -105,9 +106,11 @@ def whole_cases() -> list[Case]:
     ]
 
 
+# Those that can decode no tokens at all; on transformers 4 the published code looks at the first of them.
+_WITHOUT_STEPS = ("qwen",) if transformers.__version__.startswith("4.") else MODEL_TYPES
 # Rarer ways through the code: what differs, and the types on which the published code survives it.
 _RARER: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "no_step": ({"verdict": "safe", "max_steps": 0}, MODEL_TYPES),
+    "no_step": ({"verdict": "safe", "max_steps": 0}, _WITHOUT_STEPS),
     "one_step": ({"verdict": "safe", "max_steps": 1}, MODEL_TYPES),
     "no_prefix": ({"verdict": "safe", "refusal_prefixes": []}, MODEL_TYPES),
     "no_phrase": ({"refusal_prefixes": [], "lambda_boost": 3.0}, MODEL_TYPES),

@@ -6,7 +6,6 @@ import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -119,4 +118,3 @@ def test_without_the_published_package_the_command_says_so(
 def test_published_names_are_all_there() -> None:
     for name in (*UTILS, "load_model", "set_judge", "get_judge", "prepare_caption_and_verdict"):
         assert name in compat.__all__ and callable(getattr(compat, name))
-    assert SimpleNamespace(**{name: getattr(compat, name) for name in compat.__all__})
