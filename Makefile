@@ -6,6 +6,8 @@ PIP_FLAGS ?=
 JOBS ?= 2
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
+# A checkout of the published code of SafeCoDe.
+PUBLISHED ?=
 BENCH_FLAGS ?=
 
 VENV := .venv
@@ -17,7 +19,7 @@ LINTED := safecode_kernels python tests benchmarks scripts setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-all test-matrix sanitize-cpu lint format dist bench-hazard-world clean clean-all
+.PHONY: help venv demo test test-all test-matrix test-published sanitize-cpu lint format dist bench-hazard-world clean clean-all
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +46,10 @@ test-all: $(INSTALLED) ## run every test, then the matrix
 
 test-matrix: $(INSTALLED) ## run the tests that touch transformers on each version in tests/matrix
 	JOBS=$(JOBS) bash scripts/test_matrix.sh $(BIN)
+
+test-published: $(INSTALLED) ## compare the drop-in with the published code: make test-published PUBLISHED=FOLDER
+	@test -n "$(PUBLISHED)" || { echo "Set PUBLISHED to the folder of a checkout of the published code."; exit 2; }
+	$(PYTEST) tests/published --published "$(PUBLISHED)"
 
 sanitize-cpu: $(INSTALLED) ## run the grid and some fuzz on an instrumented build of the native CPU code
 	bash scripts/sanitize_cpu.sh $(BIN)

@@ -86,8 +86,10 @@ def test_only_families_names_a_model_type() -> None:
     from safecode_mllm.decoding.families import FAMILIES
 
     assert FAMILIES
+    # The second speaks the published code's names of its ways to prompt, two of which are also model types.
+    allowed = {MLLM / "decoding" / "families.py", MLLM / "compat" / "model_types.py"}
     for path in sources(KERNELS, MLLM):
-        if path == MLLM / "decoding" / "families.py":
+        if path in allowed:
             continue
         strings = {node.value for node in ast.walk(parse(path)) if isinstance(node, ast.Constant)}
         assert not strings & set(FAMILIES), name(path)

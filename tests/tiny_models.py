@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from safecode_mllm.decoding.families import decoder_of
 from tiny_processors import tiny_processor
 
 VOCAB = 200
@@ -22,7 +23,9 @@ _FIRST_WORD = 10  # ids below are special
 _QWEN_PATCH = 4
 _NEW_ROPE = int(transformers.__version__.split(".")[0]) >= 5
 
-FAMILY_NAMES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# Families whose processors take a chat, so that the front door serves them.
+CHAT_NAMES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILY_NAMES = (*CHAT_NAMES, "instructblip", "idefics")
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,21 @@ def tiny_model(name: str, seed: int = 0) -> TinyModel:
         words = [[_words(6 + (extra[row] if extra else 0), generator), _words(5, generator)] for row in range(rows)]
         mrope = name.startswith("qwen")
         opening, closing = ([VISION_START], [VISION_END]) if mrope else ([], [])
-        ids = [
-            [*([] if mrope else [BOS]), *before, *opening, *[IMAGE] * count, *closing, *after]
-            for (before, after), count in zip(words, counts, strict=True)
-        ]
+        if name == "instructblip":  # the query tokens stand in front of everything
+            ids = [
+                [*[IMAGE] * count, BOS, *before, *after] for (before, after), count in zip(words, counts, strict=True)
+            ]
+        else:
+            ids = [
+                [*([] if mrope else [BOS]), *before, *opening, *[IMAGE] * count, *closing, *after]
+                for (before, after), count in zip(words, counts, strict=True)
+            ]
         batch = _left_pad(ids)
         if mrope and _NEW_ROPE:
             batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).int()
+        if name == "idefics":  # every token from the image on attends to it
+            seen = (batch["input_ids"] == IMAGE).cumsum(-1) > 0
+            batch["image_attention_mask"] = seen[..., None].long()
         return batch | pixels
 
     return TinyModel(name, model, prompts)
@@ -78,10 +89,11 @@ def build(name: str, tokens: TinyTokens, patch: int, seed: int = 0) -> tuple[Any
     torch.manual_seed(seed)
     config, model_class, images = _BUILDERS[name](tokens, patch)
     model = model_class(config).eval()
-    model.set_attn_implementation("sdpa")
+    decoder_of(model).set_attn_implementation("sdpa")  # not all parts of InstructBLIP know another one
     _randomise(model, tokens, seed)
-    generation = model.generation_config
-    generation.pad_token_id, generation.bos_token_id, generation.eos_token_id = tokens.pad, tokens.bos, tokens.eos
+    for owner in {model, decoder_of(model)}:
+        generation = owner.generation_config
+        generation.pad_token_id, generation.bos_token_id, generation.eos_token_id = tokens.pad, tokens.bos, tokens.eos
     return model, images
 
 
@@ -117,6 +129,9 @@ def extended(inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
         if key in longer:
             tail = torch.full((ids.shape[0], added), fill, dtype=longer[key].dtype)
             longer[key] = torch.cat([longer[key], tail], 1)
+    if "image_attention_mask" in longer:
+        seen = longer["image_attention_mask"]
+        longer["image_attention_mask"] = torch.cat([seen, seen[:, -1:].expand(-1, added, -1)], 1)
     return longer
 
 
@@ -233,12 +248,50 @@ def _qwen3_vl(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
     return _qwen(tokens, {"head_dim": 16}, vision, "Qwen3VL")
 
 
+def _instructblip(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
+    layers = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.InstructBlipConfig(
+        vision_config=layers | dict(image_size=28, patch_size=7),
+        qformer_config=layers | dict(vocab_size=tokens.size, encoder_hidden_size=32, cross_attention_frequency=1),
+        text_config=_llama(tokens), num_query_tokens=8, image_token_index=tokens.image,
+    )  # fmt: skip
+
+    def images(rows: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+        pixels = torch.randn(rows, 3, 28, 28, generator=generator)
+        words = torch.tensor([_words(5, generator) for _ in range(rows)])
+        return [8] * rows, {
+            "pixel_values": pixels, "qformer_input_ids": words, "qformer_attention_mask": torch.ones_like(words)
+        }  # fmt: skip
+
+    return config, transformers.InstructBlipForConditionalGeneration, images
+
+
+def _idefics(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
+    resampler = {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 8}
+    config = transformers.IdeficsConfig(
+        vocab_size=tokens.size, additional_vocab_size=2, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=4, cross_layer_interval=2, use_resampler=True, alpha_initializer="ones",
+        max_position_embeddings=512, pad_token_id=tokens.pad, bos_token_id=tokens.bos, eos_token_id=tokens.eos,
+        vision_config=dict(
+            embed_dim=32, image_size=28, intermediate_size=48, patch_size=7, num_hidden_layers=2, num_attention_heads=2
+        ),
+        perceiver_config={"use_resampler": True, **resampler},
+    )  # fmt: skip
+
+    def images(rows: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+        return [1] * rows, {"pixel_values": torch.randn(rows, 1, 3, 28, 28, generator=generator)}
+
+    return config, transformers.IdeficsForVisionText2Text, images
+
+
 _BUILDERS: dict[str, Callable[[TinyTokens, int], tuple[Any, type, Any]]] = {
     "llava": _llava,
     "llava_next": _llava_next,
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
+    "instructblip": _instructblip,
+    "idefics": _idefics,
 }
 
 
@@ -248,12 +301,18 @@ def _randomise(model: Any, tokens: TinyTokens, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, weight in sorted(model.named_parameters()):
         noise = torch.randn(weight.shape, generator=generator)
-        if weight.dim() == 1:
+        if "alpha" in name:  # the gates of cross-attention
+            weight.copy_(0.8 + 0.1 * noise)
+        elif "query_tokens" in name or "latents" in name:
+            weight.copy_(noise)
+        elif weight.dim() == 1:
             is_norm = name.endswith("norm.weight") or "layernorm" in name.lower()
             weight.copy_((1.0 if is_norm else 0.0) + 0.05 * noise)
         elif "lm_head" in name:
             weight.copy_(0.2 * noise)
-            weight[tokens.placeholders()] = 0.0  # never the best: a stock model that wrote an image token would crash
+            if len(weight) == tokens.size:
+                # Never the best: a stock model that wrote an image token would crash.
+                weight[tokens.placeholders()] = 0.0
         elif "embed" in name:
             weight.copy_(0.7 * noise)
         else:

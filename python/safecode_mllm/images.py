@@ -40,6 +40,7 @@ _OPENERS: dict[str, type[ImageFile.ImageFile]] = {
     "BMP": BmpImagePlugin.BmpImageFile,
     "TIFF": TiffImagePlugin.TiffImageFile,
 }
+FORMATS = tuple(_OPENERS)
 _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
 _TIFF_STARTS = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 
@@ -103,7 +104,7 @@ def _from_bytes(data: bytes, name: str) -> Image.Image:
         raise ImageError(f"{_shorten(name)}: the content is none of the allowed formats {', '.join(_OPENERS)}")
     if kind == "WEBP" and (size := _webp_size(data)):
         # PIL's decoder allocates the whole canvas when it is created, so this header is read by hand.
-        _check_size(*size, name)
+        check_size(*size, name)
     try:
         # The format's own class instead of Image.open: no other format is tried, and PIL's process-wide pixel limit,
         # which would warn between its limit and ours, stays out of it without being changed.
@@ -131,7 +132,7 @@ def sniff_format(data: bytes) -> str | None:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    _check_size(*image.size, name)
+    check_size(*image.size, name)
     try:
         image.load()
         return _over_white(_to_eight_bits(_upright(image), name))
@@ -142,7 +143,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(text) from error
 
 
-def _check_size(width: int, height: int, name: str) -> None:
+def check_size(width: int, height: int, name: str) -> None:
+    """Raise ImageError, naming the picture, unless its sides are within the limits."""
     if width < 1 or height < 1:
         raise ImageError(f"{_shorten(name)}: {width} x {height} pixels; a picture needs at least one")
     if width * height > MAX_PIXELS:
@@ -172,7 +174,7 @@ def _check_tiff_tile(image: TiffImagePlugin.TiffImageFile, name: str) -> None:
     """A small picture may announce one huge tile, which is what the decoder would allocate."""
     width, height = image.tag_v2.get(_TIFF_TILE_WIDTH), image.tag_v2.get(_TIFF_TILE_LENGTH)
     if isinstance(width, int) and isinstance(height, int):
-        _check_size(width, height, name)
+        check_size(width, height, name)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -208,7 +210,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
         raise ImageError(f"image has shape {array.shape}: channels come last; transpose it to [H, W, C]")
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise ImageError(f"image has shape {array.shape}: pass [H, W], [H, W, 3] or [H, W, 4]")
-    _check_size(array.shape[1], array.shape[0], "image")
+    check_size(array.shape[1], array.shape[0], "image")
     if np.issubdtype(array.dtype, np.floating):
         array = _unit_to_bytes(array, "image")
     elif array.dtype != np.uint8:

@@ -20,11 +20,16 @@ _MAX_NAMES = 3
 
 
 def load_model(
-    id_or_path: str, *, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None
+    id_or_path: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    processor_arguments: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Return model and processor, ready to run.
 
-    Remote code is never executed and weights are read as safetensors only.
+    Remote code is never executed and weights are read as safetensors only. `processor_arguments` replace settings that
+    are stored with the processor, such as `max_pixels`.
 
     Raises:
         ModelError: nothing usable is there; the message says what to check.
@@ -49,7 +54,7 @@ def load_model(
     try:
         # The smallest file first: a wrong id then fails once, not once per file of the processor.
         family_of_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **(processor_arguments or {}))
         # Mismatched shapes are let through only to be refused below by name, like missing weights.
         model, loaded = auto_model.from_pretrained(
             source,

@@ -122,7 +122,8 @@ def test_memory_is_what_weights_and_cache_really_take(family: str) -> None:
     tiny = tiny_model(family)
     inputs = tiny.prompts(rows=3)
     with torch.no_grad():
-        cache = tiny.model(**inputs, use_cache=True).past_key_values
+        output = tiny.model(**inputs, use_cache=True)
+    cache = getattr(output, "language_model_outputs", output).past_key_values
     rows, tokens = inputs["input_ids"].shape
     need = memory_need(tiny.model.config, "float32", batch=rows, tokens=tokens)
     assert need.weights == sum(parameter.nbytes for parameter in tiny.model.parameters())

@@ -23,7 +23,7 @@ from safecode_mllm.judges.self_judge import SelfJudge, letter_ids
 from safecode_mllm.noise import noised_pixels
 from safecode_mllm.pipeline import SafeCoDe
 from safecode_mllm.refusal import refusal_tokens
-from tiny_models import FAMILY_NAMES, tiny_chat_model
+from tiny_models import CHAT_NAMES, tiny_chat_model
 from tiny_processors import TEXT_FIRST_TEMPLATE
 
 PROBABILITY_TOLERANCE = 1e-6
@@ -47,7 +47,7 @@ def naive_p_unsafe(sc: SafeCoDe, image: Image.Image, prompt: str) -> float:
 
 
 @pytest.mark.usefixtures("everything_counts")
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", CHAT_NAMES)
 def test_chat_equals_the_naive_loop_with_a_naive_judge(name: str) -> None:
     sc = front_door(name)
     image = picture()
@@ -82,7 +82,7 @@ def test_a_template_with_the_image_last_gets_a_prefill_of_its_own() -> None:
 
 
 @pytest.mark.usefixtures("everything_counts")
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", CHAT_NAMES)
 def test_a_batch_gives_what_the_requests_give_alone(name: str) -> None:
     sc = front_door(name)
     requests = [
@@ -104,7 +104,7 @@ def test_a_batch_gives_what_the_requests_give_alone(name: str) -> None:
     assert together[3].verdict == Verdict("unsafe")
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", CHAT_NAMES)
 def test_steering_off_is_stock_generate(name: str) -> None:
     sc = front_door(name)
     inputs = sc.builder.build(picture(), PROMPT)
@@ -130,7 +130,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     assert steered.record and all(0 < token.p_steered <= 1 for token in steered.record)
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", CHAT_NAMES)
 def test_every_preset_runs_on_every_family(name: str) -> None:
     from safecode_mllm.config import PRESETS
 

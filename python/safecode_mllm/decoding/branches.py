@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from safecode_mllm.decoding import kv
-from safecode_mllm.decoding.families import forward, prompt_positions
+from safecode_mllm.decoding.families import ImageStates, decoder_of, forward, prefill, prompt_positions
 
 
 class Branches:
@@ -28,10 +28,12 @@ class Branches:
     def __init__(self, model: Any, clean: Mapping[str, Tensor], noised: Mapping[str, Tensor] | None, cache: Any):
         kv.check_cache(cache)
         self.model = model
+        self.decoder = decoder_of(model)
         self.cache = cache
         self.rows = clean["input_ids"].shape[0]
         self.copies = 1 if noised is None else 2
         self._inputs = dict(clean) if noised is None else _stack(clean, noised)
+        self._images: ImageStates | None = None
         positions = prompt_positions(model, clean)
         self._prompt_mask = clean["attention_mask"]
         self._mask = torch.cat([self._prompt_mask] * self.copies)
@@ -48,30 +50,48 @@ class Branches:
     def prefill(self) -> tuple[Tensor, Tensor | None]:
         """Process the prompt of both branches in one pass; returns clean and noised logits [R, V]."""
         inputs = dict(self._inputs, attention_mask=self._mask, position_ids=self._positions)
-        logits = forward(self.model, cached=0, past_key_values=self.cache, **inputs)
+        logits, self._images = prefill(self.model, past_key_values=self.cache, **inputs)
         self._inputs = {}  # the pixels are not needed again
         return self._split(logits)
 
-    def step(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Feed one token per row, int64 [R], to every branch; returns clean and noised logits [R, V]."""
+    def step(self, tokens: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Feed tokens to every branch; returns clean and noised logits [R, V] behind the last of them.
+
+        Args:
+            tokens: int64, one per row [R], or n per row [R, n].
+            visible: int64 [R, n, I], for families whose text attends to image states: which of the row's I images each
+                token sees; None for those that the token before sees.
+        """
+        tokens = tokens if tokens.ndim == 2 else tokens[:, None]
+        columns = tokens.shape[1]
         cached = kv.cached_length(self.cache)
-        self._mask = torch.cat([self._mask, self._mask.new_ones(self._mask.shape[0], 1)], 1)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(self._mask.shape[0], columns)], 1)
+        positions = self._next + torch.arange(columns, device=self._next.device)
         logits = forward(
-            self.model,
+            self.decoder,
             cached=cached,
-            input_ids=tokens.repeat(self.copies)[:, None],
+            input_ids=tokens.repeat(self.copies, 1),
             attention_mask=self._mask,
-            position_ids=torch.cat([self._next] * self.copies, self._row_dim),
+            position_ids=torch.cat([positions] * self.copies, self._row_dim),
             past_key_values=self.cache,
+            **self._image_arguments(columns, visible),
         )
-        self._next = self._next + 1
+        self._next = self._next + columns
         return self._split(logits)
+
+    def rewind(self, columns: int) -> None:
+        """Forget the last `columns` columns of every branch, int >= 0; they must be text without padding."""
+        kept = kv.cached_length(self.cache) - columns
+        kv.keep_first_columns(self.cache, kept)
+        self._mask = self._mask[:, :kept]
+        self._next = self._next - columns
 
     def drop_noised(self) -> None:
         """Go on with the clean rows only."""
         if self.has_noised:
             kv.keep_first_rows(self.cache, self.rows)
             self._mask = self._mask[: self.rows]
+            self._images = self._images and self._images.rows(slice(self.rows))
             self.copies = 1
 
     def expand(self, times: int) -> None:
@@ -81,6 +101,7 @@ class Branches:
         index = torch.arange(self.copies * self.rows, device=self._mask.device).repeat_interleave(times)
         kv.select_rows(self.cache, index)
         self._mask = self._mask[index]
+        self._images = self._images and self._images.rows(index)
         self._next = self._next.repeat_interleave(times, self._row_dim)
         self.rows *= times
 
@@ -107,14 +128,25 @@ class Branches:
         # Suffixes are all text: positions go on from the last visible column, the same on every axis.
         start = (self._next[..., 0].index_select(-1, index) - hidden_columns)[..., None]
         positions = start + (ids_mask.cumsum(-1) - 1).clamp_min(0)
+        images = self._images.rows(index).arguments(ids.shape[1]) if self._images else {}
         return forward(
-            self.model,
+            self.decoder,
             cached=length,
             input_ids=ids,
             attention_mask=torch.cat([visible, ids_mask], 1),
             position_ids=positions,
             past_key_values=kv.fork(self.cache, index),
+            **images,
         )
+
+    def _image_arguments(self, columns: int, visible: Tensor | None) -> dict[str, Tensor]:
+        if self._images is None:
+            return {}
+        if visible is None:
+            return self._images.arguments(columns)
+        visible = visible.repeat(self.copies, 1, 1)
+        self._images = self._images.seeing(visible[:, -1:])
+        return {**self._images.arguments(columns), "image_attention_mask": visible}
 
     def _split(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         return logits[: self.rows], logits[self.rows :] if self.has_noised else None

@@ -31,6 +31,12 @@ def keep_first_rows(cache: Any, rows: int) -> None:
         layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
 
 
+def keep_first_columns(cache: Any, columns: int) -> None:
+    """Forget all positions behind the first `columns`, as views: nothing is copied."""
+    for layer in _filled_layers(cache):
+        layer.keys, layer.values = layer.keys[:, :, :columns], layer.values[:, :, :columns]
+
+
 def select_rows(cache: Any, index: Tensor) -> None:
     """Replace the rows of the cache by those of `index`, int64 [R] (a copy)."""
     for layer in _filled_layers(cache):

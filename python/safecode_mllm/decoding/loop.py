@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from safecode_mllm.decoding.branches import Branches
-from safecode_mllm.decoding.families import family_of, placeholder_ids
+from safecode_mllm.decoding.families import decoder_of, placeholder_ids
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.picker import Draws, Pick, Rng, TokenPicker
 from safecode_mllm.decoding.processors import split_processors
@@ -64,6 +64,7 @@ class SteeredGeneration:
     force_branches: bool = False
     backend: str = "auto"
     report: GenerationReport = field(default_factory=GenerationReport)
+    _whole_model: Any = field(default=None, init=False, repr=False)
 
     def generate(self, model: Any, *, stop_strings: Any = None, **generate_kwargs: Any) -> Any:
         """Run `model.generate` with this loop; takes and returns what `generate` does.
@@ -72,11 +73,12 @@ class SteeredGeneration:
             UnsupportedModelError: the model class, cache or generation mode is not supported.
             DecodeError: a row's logits could not be decoded (with `raise_row_errors`).
         """
-        family_of(model)
-        _check_mode(generate_kwargs)  # generate() would not hand an assistant to a callable
+        decoder = decoder_of(model)
+        check_mode(generate_kwargs)  # generate() would not hand an assistant to a callable
         if stop_strings is not None:
             generate_kwargs["stopping_criteria"] = self._with_stop_strings(stop_strings, generate_kwargs)
-        return model.generate(
+        self._whole_model = model  # a decoder that is a part of it does not know it
+        return decoder.generate(
             input_ids=self.clean["input_ids"],
             attention_mask=self.clean["attention_mask"],
             custom_generate=self,
@@ -94,7 +96,8 @@ class SteeredGeneration:
         **model_kwargs: Any,
     ) -> Any:
         """Decode; called by `generate()` with everything prepared."""
-        _check_mode(vars(generation_config))
+        check_mode(vars(generation_config))
+        model = model if self._whole_model is None else self._whole_model
         started = time.perf_counter()
         branches = Branches(model, self.clean, self._noised_if_needed(), model_kwargs["past_key_values"])
         clean, noised = branches.prefill()
@@ -281,7 +284,7 @@ class _Run:
         return GenerateDecoderOnlyOutput(**output)
 
 
-def _check_mode(arguments: Mapping[str, Any]) -> None:
+def check_mode(arguments: Mapping[str, Any]) -> None:
     """Refuse the generation modes whose search cannot be steered, with the alternative."""
     for name in ("num_beams", "penalty_alpha", "prompt_lookup_num_tokens", "assistant_model"):
         value = arguments.get(name)
