@@ -5,7 +5,7 @@ from __future__ import annotations
 from safecode_mllm.errors import ConfigError
 from safecode_mllm.judges.bias import apply_policy, verdict_bias
 from safecode_mllm.judges.fixed import FIXED_LABELS, FixedJudge
-from safecode_mllm.judges.protocol import Judge, JudgeRequest, Label, Policy, Verdict
+from safecode_mllm.judges.protocol import Judge, JudgeRequest, Label, Policy, Turn, Verdict
 
 JUDGE_NAMES = ("self", *FIXED_LABELS)
 
@@ -16,6 +16,7 @@ __all__ = [
     "JudgeRequest",
     "Label",
     "Policy",
+    "Turn",
     "Verdict",
     "apply_policy",
     "make_judge",
