@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bad_server import serving
 from judging import requests, says
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.judges import FixedJudge, Judge, JudgeRequest, Verdict
 from safecode_mllm.judges.asking import ask_judge
 from safecode_mllm.judges.cached import CachedJudge
+from safecode_mllm.judges.endpoint import EndpointJudge
 from safecode_mllm.judges.ensemble import EnsembleJudge
 from safecode_mllm.judges.protocol import OUTCOMES, is_remote
 
@@ -26,9 +28,13 @@ FACTORIES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.fixture(params=FACTORIES)
-def judge(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    return FACTORIES[request.param](tmp_path)
+@pytest.fixture(params=[*FACTORIES, "endpoint"])
+def judge(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    if request.param == "endpoint":
+        with serving(lambda handler, body, seen: handler.answer("unsafe")) as server:
+            yield EndpointJudge("m", base_url=server.url, api_key="key")
+    else:
+        yield FACTORIES[request.param](tmp_path)
 
 
 def test_it_is_a_judge(judge: Any) -> None:
