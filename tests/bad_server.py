@@ -25,6 +25,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send(404, b"{}") if self.server.alive else self.close()
 
     def do_POST(self) -> None:
+        if not self.server.alive:
+            self.close()  # a connection that was kept open outlives the server
+            return
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         key = self.headers["Idempotency-Key"]
         with self.server.lock:
@@ -102,6 +105,7 @@ def serving(behaviour: Behaviour) -> Iterator[BadServer]:
     try:
         yield server
     finally:
+        server.alive = False
         server.shutdown()
         server.server_close()
         thread.join()

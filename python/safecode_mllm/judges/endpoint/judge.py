@@ -102,6 +102,7 @@ class EndpointJudge:
         self.usage = Usage()
         self._features = Features(replies)
         self._reached = False
+        self._open: tuple[asyncio.AbstractEventLoop, Any] | None = None
         if calibration is not None:
             calibration.check(self.name, self.version)
 
@@ -159,12 +160,11 @@ class EndpointJudge:
         if not self._reached:
             await self._probe()
             self._reached = True
-        async with self._client() as client:
-            caller = Caller(client, self.where, self._secret, self.calls, self.budget, self.price, self.usage)
-            # A picture is encoded when its turn comes, and a request that waits for another call keeps its place:
-            # whoever answers with errors is not asked faster.
-            places = asyncio.Semaphore(self.calls.concurrency)
-            return list(await asyncio.gather(*(self._judge(caller, places, request) for request in requests)))
+        caller = Caller(self._client(), self.where, self._secret, self.calls, self.budget, self.price, self.usage)
+        # A picture is encoded when its turn comes, and a request that waits for another call keeps its place: whoever
+        # answers with errors is not asked faster.
+        places = asyncio.Semaphore(self.calls.concurrency)
+        return list(await asyncio.gather(*(self._judge(caller, places, request) for request in requests)))
 
     async def _judge(self, caller: Caller, places: asyncio.Semaphore, request: JudgeRequest) -> Verdict:
         async with places:
@@ -224,27 +224,30 @@ class EndpointJudge:
         """Ask for the list of models: any reply of a server will do, also that it has no such list."""
         import openai
 
-        problem = ""
-        async with self._client() as client:
-            for _ in range(_PROBES):
-                try:
-                    async with asyncio.timeout(_PROBE_TIMEOUT_S):
-                        async with client.models.with_streaming_response.list(timeout=_PROBE_TIMEOUT_S):
-                            return
-                except openai.APIStatusError:
-                    return
-                except TimeoutError:
-                    problem = f"nothing answers within {_PROBE_TIMEOUT_S:g} s"
-                except openai.APIConnectionError as error:
-                    problem = str(error.__cause__ or error)
-                await asyncio.sleep(0.5)
+        client, problem = self._client(), ""
+        for _ in range(_PROBES):
+            try:
+                async with asyncio.timeout(_PROBE_TIMEOUT_S):
+                    async with client.models.with_streaming_response.list(timeout=_PROBE_TIMEOUT_S):
+                        return
+            except openai.APIStatusError:
+                return
+            except TimeoutError:
+                problem = f"nothing answers within {_PROBE_TIMEOUT_S:g} s"
+            except openai.APIConnectionError as error:
+                problem = str(error.__cause__ or error)
+            await asyncio.sleep(0.5)
         raise JudgeError(redacted(f"{self.where}: cannot be reached: {problem}", self._secret))
 
     def _client(self) -> Any:
+        """Return the client of the running event loop; its connections are kept, since opening one takes longest."""
         from openai import AsyncOpenAI
 
-        # Repetition is ours: the client would not count calls against a budget, nor keep to one deadline.
-        return AsyncOpenAI(api_key=self._key, base_url=self._base_url, max_retries=0)
+        loop = asyncio.get_running_loop()
+        if self._open is None or self._open[0] is not loop:
+            # Repetition is ours: the client would not count calls against a budget, nor keep to one deadline.
+            self._open = (loop, AsyncOpenAI(api_key=self._key, base_url=self._base_url, max_retries=0))
+        return self._open[1]
 
     @property
     def _secret(self) -> str:
