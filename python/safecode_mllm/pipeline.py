@@ -20,7 +20,7 @@ from safecode_mllm.decoding.loop import SteeredGeneration, Verdicts
 from safecode_mllm.errors import ConfigError, UnsupportedModelError
 from safecode_mllm.generate_arguments import check_arguments, complete_arguments
 from safecode_mllm.images import load_image
-from safecode_mllm.judges import make_judge
+from safecode_mllm.judges import bind, make_judge
 from safecode_mllm.judges.asking import ask_judge, settle
 from safecode_mllm.judges.protocol import Judge, JudgeRequest, Verdict
 from safecode_mllm.judges.self_judge import SelfJudge
@@ -355,7 +355,9 @@ class SafeCoDe:
 
     def _make_judge(self, judge: str | Judge | None) -> Judge | None:
         made = make_judge(judge)
-        return made.bind(self.model, self.builder) if isinstance(made, SelfJudge) and made.judges_with(None) else made
+        if made is not None:
+            bind(made, self.model, self.builder)
+        return made
 
 
 def _raise_error(result: ChatResult) -> ChatResult:

@@ -52,7 +52,7 @@ class PromptBuilder:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._template = _chat_template(processor, self.tokenizer)
         self._placeholder = _placeholder_id(processor, self.tokenizer)
-        self._control = _ControlTokens(self.tokenizer)
+        self._control = ControlTokens(self.tokenizer)
         self._harmless_ids = self._encode_whole(self._render(HARMLESS_TEXT))
         if self._harmless_ids.count(self._placeholder) != 1:
             raise PromptError("processor: its chat template writes no image placeholder for an image in the user turn")
@@ -209,7 +209,7 @@ class PromptBuilder:
         return output
 
 
-class _ControlTokens:
+class ControlTokens:
     """The tokens that a user's text must not be able to write."""
 
     def __init__(self, tokenizer: Any) -> None:

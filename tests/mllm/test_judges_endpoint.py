@@ -19,9 +19,10 @@ from safecode_mllm.errors import ConfigError, JudgeError
 from safecode_mllm.judges import JudgeRequest, Turn, Verdict
 from safecode_mllm.judges.attacks import FORGED
 from safecode_mllm.judges.calibration import Calibration
+from safecode_mllm.judges.categories import CATEGORIES
 from safecode_mllm.judges.endpoint import Budget, EndpointJudge, Price
 from safecode_mllm.judges.endpoint.calls import CallPolicy
-from safecode_mllm.judges.endpoint.prompt import CATEGORIES, bounded_size, messages
+from safecode_mllm.judges.endpoint.prompt import bounded_size, messages
 from safecode_mllm.judges.endpoint.replies import read_completion
 from safecode_mllm.judges.logprobs import label_of_token, p_unsafe
 

@@ -32,7 +32,7 @@ PROBABILITY_TOLERANCE = 1e-6
 @pytest.fixture
 def everything_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model's letters hold little mass: accept any, so that its probability is used."""
-    monkeypatch.setattr("safecode_mllm.judges.self_judge.MIN_LETTER_MASS", 0.0)
+    monkeypatch.setattr("safecode_mllm.judges.letters.MIN_LETTER_MASS", 0.0)
 
 
 def naive_p_unsafe(sc: SafeCoDe, image: Image.Image, prompt: str) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from safecode_mllm.errors import ConfigError
 from safecode_mllm.judges.bias import apply_policy, verdict_bias
 from safecode_mllm.judges.fixed import FIXED_LABELS, FixedJudge
@@ -19,6 +21,7 @@ __all__ = [
     "Turn",
     "Verdict",
     "apply_policy",
+    "bind",
     "make_judge",
     "verdict_bias",
 ]
@@ -53,3 +56,18 @@ def make_judge(spec: str | Judge | None) -> Judge | None:
             f"judge={spec!r} is no judge: pass one of {list(JUDGE_NAMES)}, or an object with `name` and `judge_many`"
         )
     return spec
+
+
+def bind(judge: Judge, model: Any, builder: Any) -> None:
+    """Give the model whose answers are steered to every judge that wants it, also inside an ensemble or a cache.
+
+    Args:
+        judge: any judge; one that has a model already keeps it.
+        model: the model.
+        builder: the prompt builder of its processor.
+    """
+    for member in getattr(judge, "members", ()):
+        bind(member, model, builder)
+    judges_with = getattr(judge, "judges_with", None)
+    if getattr(judge, "needs_describer", False) or (judges_with is not None and judges_with(None)):
+        judge.bind(model, builder)  # type: ignore[attr-defined]

@@ -125,6 +125,11 @@ def decide(
     """
     if label == "unknown" or p is None or (p >= DEFAULT_THRESHOLD) != (label == "unsafe"):
         return label, None, threshold
+    return from_probability(p, threshold, calibration)
+
+
+def from_probability(p: float, threshold: float, calibration: Calibration | None) -> tuple[Label, float, float]:
+    """Return label, probability and threshold of a judge that gives probabilities alone."""
     if calibration is not None:
         p, threshold = calibration.apply(p), calibration.threshold
     return ("unsafe" if p >= threshold else "safe"), p, threshold

@@ -12,12 +12,12 @@ from urllib.parse import urlsplit, urlunsplit
 from safecode_mllm.errors import ConfigError, JudgeError
 from safecode_mllm.extras import optional_imports
 from safecode_mllm.judges.calibration import DEFAULT_THRESHOLD, Calibration, check_threshold, decide
+from safecode_mllm.judges.categories import known_category
 from safecode_mllm.judges.endpoint import background
 from safecode_mllm.judges.endpoint.budget import Budget, Estimate, Price, Usage, image_tokens, text_tokens, total
 from safecode_mllm.judges.endpoint.calls import Caller, CallPolicy, Rejected, redacted
 from safecode_mllm.judges.endpoint.features import Features
 from safecode_mllm.judges.endpoint.prompt import (
-    CATEGORIES,
     INSTRUCTIONS,
     PROMPT_VERSION,
     SCHEMA,
@@ -209,7 +209,7 @@ class EndpointJudge:
             self.name,
             latency,
             _without(reading.raw, self._secret),
-            category=_known(reading.reply.category),
+            category=known_category(reading.reply.category),
             reason=redacted(reading.reply.reason, self._secret)[:_MAX_REASON] if reading.reply.reason else None,
             version=self.version,
         )
@@ -255,11 +255,6 @@ class EndpointJudge:
 
     def __repr__(self) -> str:
         return f"EndpointJudge({self.model!r}, base_url={self.where!r})"
-
-
-def _known(category: str | None) -> str | None:
-    """Return a category of the list we sent; a model may write anything there."""
-    return category if category in CATEGORIES and category != "none" else None
 
 
 def _without(text: str, secret: str) -> str:
