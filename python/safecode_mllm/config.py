@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -14,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from safecode_mllm.errors import ConfigError
 from safecode_mllm.judges.protocol import Policy
+from safecode_mllm.names import nearest_name_hint
 
 ContrastScale = Literal["clean", "paper"]
 Noise = Literal["gaussian", "diffusion", "blank", "blur"]
@@ -76,12 +76,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "no_plausibility": MappingProxyType({"plausibility_beta": 0.0}),
     }
 )
-
-
-def nearest_name_hint(name: object, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
-    """Return " Did you mean 'x'?" for the known name nearest to `name`, or "" if none is near."""
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _fail(field: str, value: object, legal: str) -> ConfigError:

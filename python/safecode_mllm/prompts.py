@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from safecode_mllm.errors import PromptError
+from safecode_mllm.prompt_text import check_prompt
 
 # Stands for any user text: one plain letter, whose tokens no template can change.
 HARMLESS_TEXT = "x"
@@ -282,18 +283,6 @@ def collate(rows: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str
 def _pad_second_dimension(values: list[Tensor]) -> list[Tensor]:
     size = max(value.shape[1] for value in values)
     return [torch.cat([v, v.new_zeros(v.shape[0], size - v.shape[1], *v.shape[2:])], 1) for v in values]
-
-
-def check_prompt(prompt: object) -> None:
-    """Raise PromptError unless `prompt` is text that says something."""
-    if not isinstance(prompt, str):
-        raise PromptError(f"prompt is a {type(prompt).__name__}: pass a string")
-    if not prompt.strip():
-        raise PromptError("prompt is empty: write a question about the image")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(f"prompt is not valid Unicode: {error}; decode it with the right encoding") from error
 
 
 def _chat_template(processor: Any, tokenizer: Any) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from safecode_mllm.config import nearest_name_hint
 from safecode_mllm.errors import ConfigError, JudgeError
 from safecode_mllm.judges.calibration import DEFAULT_THRESHOLD, Calibration, check_threshold, decide
 from safecode_mllm.judges.captions import describe
@@ -19,6 +18,7 @@ from safecode_mllm.judges.protocol import JudgeRequest, Label, Verdict
 from safecode_mllm.judges.text_prompts import TextPrompts
 from safecode_mllm.judges.weights import fingerprint
 from safecode_mllm.judges.writing import Written, p_unsafe_at, write
+from safecode_mllm.names import nearest_name_hint
 from safecode_mllm.prompts import PromptBuilder
 
 DEFAULT_BATCH_SIZE = 8

@@ -98,7 +98,10 @@ class Judge(Protocol):
     while this machine is busy with something else).
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is called in verdicts and messages."""
+        ...
 
     def judge_many(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
         """Return one verdict per request, in order.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
@@ -133,7 +133,7 @@ class EndpointJudge:
         """Say in a sentence who is asked and how."""
         return f"asks {self.model} at {self.where}, {self._features.explain()}"
 
-    def estimate(self, requests: Sequence[JudgeRequest]) -> Estimate:
+    def estimate(self, requests: Iterable[JudgeRequest]) -> Estimate:
         """Return what a job would take, without sending anything; tokens are estimated, rather too many."""
         return total(map(self._estimate_one, requests), self.price)
 
