@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.errors import JudgeError
 from safecode_mllm.judges.bias import apply_policy, verdict_bias
-from safecode_mllm.judges.protocol import JudgeRequest, Verdict, count_outcomes
+from safecode_mllm.judges.protocol import Judge, JudgeRequest, Verdict, count_outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,29 @@ def ask_judge(
     settled = [settle(outcome, config, name=name) for outcome in outcomes]
     _log_failures(outcomes, settled, name)
     return settled
+
+
+def ask_beside(
+    judge: Judge, requests: Sequence[JudgeRequest], config: SafeCoDeConfig
+) -> Callable[[], list[Verdict | JudgeError]]:
+    """Ask a judge in a thread of its own, at once; the function returned waits for its verdicts.
+
+    Args:
+        judge: a judge that works elsewhere.
+        requests: what to judge.
+        config: as for `ask_judge`.
+    """
+    answer: Future[list[Verdict | JudgeError]] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(ask_judge(judge.judge_many, requests, config, name=judge.name))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    # A daemon: whoever breaks off a generation does not wait for a judge.
+    threading.Thread(target=ask, name="safecode-judge", daemon=True).start()
+    return answer.result
 
 
 def settle(outcome: Verdict | JudgeError, config: SafeCoDeConfig, *, name: str) -> Verdict | JudgeError:
