@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt safecode_kernels/__init__.
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
 	@echo "Installing into $(VENV); the first time this takes a few minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[hf,bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[hf,judges,bench,dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## run Hazard World: a table of all arms, and a contact sheet in out/demo

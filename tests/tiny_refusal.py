@@ -28,5 +28,8 @@ class TinyTrie:
     def next_state(self, state: int, token: int) -> int:
         return self._state.get((*self._prefixes[state], token), -1)
 
+    def completes(self, state: int, token: int) -> bool:
+        return (*self._prefixes[state], token) in self.phrases
+
     def starts_with_refusal(self, text: str) -> bool:
         return text.startswith("refusal")

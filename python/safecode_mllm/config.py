@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -14,20 +13,27 @@ from typing import Any, Literal, get_args
 
 from safecode_mllm.errors import ConfigError
 from safecode_mllm.judges.protocol import Policy
+from safecode_mllm.names import nearest_name_hint
 
 ContrastScale = Literal["clean", "paper"]
 Noise = Literal["gaussian", "diffusion", "blank", "blur"]
 NoiseSpace = Literal["model", "image"]
 BiasForm = Literal["soft", "hard", "none"]
 RefusalKind = Literal["phrase_trie", "first_tokens"]
+RefusalStyle = Literal["brief", "explain"]
 
 # The paper's alpha of 0.3, written on the scale of the clean logits: 0.3 / 0.7, rounded.
 DEFAULT_CONTRAST_WEIGHT = 0.43
 # On Hazard World's validation scenes any sigma from 0.5 on does about as well (mean balanced accuracy over five seeds:
 # 0.1 .778, 0.3 .814, 0.5 .875, 0.7 .884, 1.0 .886, 1.4 .886).
 DEFAULT_SIGMA = 1.0
+DEFAULT_STEPS = 5
+# Two sentences about what is in the picture.
+DEFAULT_REASON_TOKENS = 48
 # VCD's schedule has 1000 steps, numbered from 0.
 DIFFUSION_STEPS = 1000
+# Beyond it a bias would last for the whole answer.
+_LARGEST_DECAY = 0.99
 # Hex digits of the digest: 48 bits tell any two configurations of a study apart and still fit a table.
 DIGEST_LENGTH = 12
 
@@ -45,7 +51,10 @@ _DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "lambda_supp": 1.0,
         "refusal_tokens": "phrase_trie",
         "bias_scope": 0,
-        "steps": 5,
+        "steps": DEFAULT_STEPS,
+        "bias_decay": 0.0,
+        "refusal_style": "brief",
+        "reason_tokens": DEFAULT_REASON_TOKENS,
         "monotone": False,
         "on_judge_error": "raise",
         "on_unknown": "raise",
@@ -76,12 +85,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "no_plausibility": MappingProxyType({"plausibility_beta": 0.0}),
     }
 )
-
-
-def nearest_name_hint(name: object, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
-    """Return " Did you mean 'x'?" for the known name nearest to `name`, or "" if none is near."""
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _fail(field: str, value: object, legal: str) -> ConfigError:
@@ -128,12 +131,12 @@ def _choice(literal: Any) -> Callable[[str, object], str]:
 
 
 def _steps(field: str, value: object) -> int | str:
-    if value == "all" and isinstance(value, str):
+    if isinstance(value, str) and value in ("all", "adaptive"):
         return value
     try:
         return _integer(1)(field, value)
     except ConfigError:
-        raise _fail(field, value, 'an integer >= 1 or "all"') from None
+        raise _fail(field, value, 'an integer >= 1, "all" or "adaptive"') from None
 
 
 def _flag(field: str, value: object) -> bool:
@@ -157,6 +160,9 @@ _CHECKS: Mapping[str, Callable[[str, object], Any]] = MappingProxyType(
         "refusal_tokens": _choice(RefusalKind),
         "bias_scope": _integer(0),
         "steps": _steps,
+        "bias_decay": _number(0, _LARGEST_DECAY),
+        "refusal_style": _choice(RefusalStyle),
+        "reason_tokens": _integer(1),
         "monotone": _flag,
         "on_judge_error": _choice(Policy),
         "on_unknown": _choice(Policy),
@@ -185,7 +191,12 @@ class SafeCoDeConfig:
         lambda_supp: bias in logits off refusal tokens for a safe verdict. Finite, >= 0.
         refusal_tokens: "phrase_trie" or "first_tokens".
         bias_scope: bias only the K best tokens; 0 = all.
-        steps: guided steps, >= 1, or "all".
+        steps: guided steps, >= 1; "all"; or "adaptive": until a row's refusal phrase is complete or its answer is under
+            way.
+        bias_decay: factor in [0, 0.99] by which the bias shrinks at each token after the guided steps; 0 ends it there.
+        refusal_style: "brief" leaves a refusal as the model writes it; "explain" lets the model add, after a refusal
+            that the verdict asked for, what in the scene is dangerous.
+        reason_tokens: longest such reason, on top of the answer's own limit, >= 1.
         monotone: never suppress refusals.
         on_judge_error: "raise", "treat_as_unsafe" or "no_bias" when the judge fails.
         on_unknown: the same when the judge's reply cannot be read.
@@ -209,7 +220,10 @@ class SafeCoDeConfig:
     lambda_supp: float
     refusal_tokens: RefusalKind
     bias_scope: int
-    steps: int | Literal["all"]
+    steps: int | Literal["all", "adaptive"]
+    bias_decay: float
+    refusal_style: RefusalStyle
+    reason_tokens: int
     monotone: bool
     on_judge_error: Policy
     on_unknown: Policy

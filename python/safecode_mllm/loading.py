@@ -45,16 +45,40 @@ def load_model(
         return model.to(target), processor
     source = checked_source(id_or_path)
     with optional_imports():
-        from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
-    auto_model: Any = AutoModelForImageTextToText  # its annotation does not know output_loading_info
-    # Half precision is slow and coarse on most CPUs; on a GPU the stored dtype is what people expect.
-    chosen = dtype or ("auto" if target.type == "cuda" else torch.float32)
     try:
         # The smallest file first: a wrong id then fails once, not once per file of the processor.
         family_of_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **(processor_arguments or {}))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _cannot_load(id_or_path, error) from error
+    return load_complete(
+        id_or_path, source, AutoModelForImageTextToText, AutoProcessor, device=device, dtype=dtype,
+        processor_arguments=processor_arguments,
+    )  # fmt: skip
+
+
+def load_complete(
+    id_or_path: str,
+    source: str,
+    auto_model: Any,
+    auto_processor: Any,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    processor_arguments: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any]:
+    """Return model and processor of the given auto classes, in eval mode, every weight of it from its files.
+
+    Raises:
+        ModelError: nothing usable is there, or part of the weights is missing.
+    """
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with optional_imports():
+        from safetensors import SafetensorError
+    # Half precision is slow and coarse on most CPUs; on a GPU the stored dtype is what people expect.
+    chosen = dtype or ("auto" if target.type == "cuda" else torch.float32)
+    try:
+        processor = auto_processor.from_pretrained(source, trust_remote_code=False, **(processor_arguments or {}))
         # Mismatched shapes are let through only to be refused below by name, like missing weights.
         model, loaded = auto_model.from_pretrained(
             source,
@@ -65,12 +89,16 @@ def load_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise ModelError(
-            f"cannot load model {id_or_path!r}: it must be a folder or a reachable hub id with an image-text-to-text "
-            f"model, its processor and safetensors weights ({type(error).__name__}: {_first_line(error)})"
-        ) from error
+        raise _cannot_load(id_or_path, error) from error
     _check_complete(id_or_path, loaded)
-    return model.to(target), processor
+    return model.to(target).eval(), processor
+
+
+def _cannot_load(id_or_path: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"cannot load model {id_or_path!r}: it must be a folder or a reachable hub id with a model, its processor and "
+        f"safetensors weights ({type(error).__name__}: {_first_line(error)})"
+    )
 
 
 def checked_source(id_or_path: str) -> str:

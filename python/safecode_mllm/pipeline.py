@@ -20,9 +20,9 @@ from safecode_mllm.decoding.loop import SteeredGeneration, Verdicts
 from safecode_mllm.errors import ConfigError, UnsupportedModelError
 from safecode_mllm.generate_arguments import check_arguments, complete_arguments
 from safecode_mllm.images import load_image
-from safecode_mllm.judges import make_judge
-from safecode_mllm.judges.asking import ask_judge, settle
-from safecode_mllm.judges.protocol import Judge, JudgeRequest, Verdict
+from safecode_mllm.judges import bind, make_judge
+from safecode_mllm.judges.asking import ask_beside, ask_judge, settle
+from safecode_mllm.judges.protocol import Judge, JudgeRequest, Verdict, is_remote
 from safecode_mllm.judges.self_judge import SelfJudge
 from safecode_mllm.loading import load_model
 from safecode_mllm.prompts import PromptBuilder, collate
@@ -30,6 +30,7 @@ from safecode_mllm.refusal import RefusalTokens, refusal_tokens
 from safecode_mllm.requests import ChatRequest, PreparedRequest, prepare_request, stack_noised
 from safecode_mllm.results import ChatResult, Steering, log_ineffective
 from safecode_mllm.streaming import ChatStream
+from safecode_mllm.styling import with_style
 
 logger = logging.getLogger(__name__)
 
@@ -282,7 +283,8 @@ class SafeCoDe:
             record=record,
             raise_row_errors=False,
         )
-        output = generation.generate(self.model, **complete_arguments(arguments, self.model, self.builder.pad_token_id))
+        completed = complete_arguments(arguments, self.model, self.builder.pad_token_id)
+        output = generation.generate(self.model, **with_style(generation, completed, self.model))
         new_ids = output[:, generation.clean["input_ids"].shape[1] :].tolist()
         results = [self._result(row, index, new_ids[index], generation, record) for index, row in enumerate(rows)]
         for result in results:
@@ -293,6 +295,9 @@ class SafeCoDe:
     def _verdict_source(self, rows: Sequence[PreparedRequest], judge: Judge | None) -> Callable[[Branches], Verdicts]:
         """Ask the judge about the steered rows that bring no verdict of their own, with the policies applied."""
         asked = [index for index, row in enumerate(rows) if row.steered and row.request.verdict is None]
+        requests = [rows[index].for_judge() for index in asked]
+        # A judge elsewhere is asked now, while the prompt is prefilled; the loop waits only before the first token.
+        pending = ask_beside(judge, requests, self.config) if judge is not None and is_remote(judge) else None
 
         def source(branches: Branches) -> Verdicts:
             answers: list[Verdict | Exception | None] = [None] * len(rows)
@@ -301,11 +306,14 @@ class SafeCoDe:
                     answers[index] = settle(row.request.verdict, self.config, name=row.request.verdict.judge)
             if judge is None:
                 return answers
-            judge_many = judge.judge_many
-            if isinstance(judge, SelfJudge) and judge.judges_with(self.model):
-                judge_many = partial(judge.read, branches, asked)
-            requests = [rows[index].for_judge() for index in asked]
-            for index, answer in zip(asked, ask_judge(judge_many, requests, self.config, name=judge.name), strict=True):
+            if pending is not None:
+                verdicts = pending()
+            else:
+                judge_many = judge.judge_many
+                if isinstance(judge, SelfJudge) and judge.judges_with(self.model):
+                    judge_many = partial(judge.read, branches, asked)
+                verdicts = ask_judge(judge_many, requests, self.config, name=judge.name)
+            for index, answer in zip(asked, verdicts, strict=True):
                 answers[index] = answer
             return answers
 
@@ -355,7 +363,9 @@ class SafeCoDe:
 
     def _make_judge(self, judge: str | Judge | None) -> Judge | None:
         made = make_judge(judge)
-        return made.bind(self.model, self.builder) if isinstance(made, SelfJudge) and made.judges_with(None) else made
+        if made is not None:
+            bind(made, self.model, self.builder)
+        return made
 
 
 def _raise_error(result: ChatResult) -> ChatResult:

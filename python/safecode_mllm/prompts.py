@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from safecode_mllm.errors import PromptError
+from safecode_mllm.prompt_text import check_prompt
 
 # Stands for any user text: one plain letter, whose tokens no template can change.
 HARMLESS_TEXT = "x"
@@ -52,7 +53,7 @@ class PromptBuilder:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._template = _chat_template(processor, self.tokenizer)
         self._placeholder = _placeholder_id(processor, self.tokenizer)
-        self._control = _ControlTokens(self.tokenizer)
+        self._control = ControlTokens(self.tokenizer)
         self._harmless_ids = self._encode_whole(self._render(HARMLESS_TEXT))
         if self._harmless_ids.count(self._placeholder) != 1:
             raise PromptError("processor: its chat template writes no image placeholder for an image in the user turn")
@@ -209,7 +210,7 @@ class PromptBuilder:
         return output
 
 
-class _ControlTokens:
+class ControlTokens:
     """The tokens that a user's text must not be able to write."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -282,18 +283,6 @@ def collate(rows: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str
 def _pad_second_dimension(values: list[Tensor]) -> list[Tensor]:
     size = max(value.shape[1] for value in values)
     return [torch.cat([v, v.new_zeros(v.shape[0], size - v.shape[1], *v.shape[2:])], 1) for v in values]
-
-
-def check_prompt(prompt: object) -> None:
-    """Raise PromptError unless `prompt` is text that says something."""
-    if not isinstance(prompt, str):
-        raise PromptError(f"prompt is a {type(prompt).__name__}: pass a string")
-    if not prompt.strip():
-        raise PromptError("prompt is empty: write a question about the image")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(f"prompt is not valid Unicode: {error}; decode it with the right encoding") from error
 
 
 def _chat_template(processor: Any, tokenizer: Any) -> str:

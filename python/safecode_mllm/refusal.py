@@ -141,6 +141,12 @@ class RefusalTokens:
             return state
         return self.transitions[state].get(int(token), ENDED)
 
+    def completes(self, state: int, token: int) -> bool:
+        """Whether `token` in `state` ends a refusal phrase, as against leaving all of them."""
+        if state == ENDED or not self.transitions:
+            return False
+        return self.transitions[state].get(int(token)) == ENDED
+
     def starts_with_refusal(self, text: str) -> bool:
         """Return whether `text` opens with a refusal phrase as whole words, whatever its case and apostrophes."""
         return starts_with_refusal(text)

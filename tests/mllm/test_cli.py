@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from judging import says
 from safecode_mllm import cli
 from safecode_mllm.cli import chat as chat_module
+from safecode_mllm.cli import judge as judge_module
 from safecode_mllm.cli.codes import exit_code
 from safecode_mllm.cli.parser import PRESET_NAMES, build_parser
 from safecode_mllm.config import PRESETS
@@ -66,7 +68,6 @@ class FakePipeline:
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
         self.error: BaseException | None = None
-        self.verdict = Verdict("unsafe", 0.9)
 
     def chat(self, **arguments: Any) -> FakeResult:
         self.calls.append(arguments)
@@ -78,10 +79,6 @@ class FakePipeline:
     def stream(self, **arguments: Any) -> FakeStream:
         self.calls.append(arguments)
         return FakeStream()
-
-    def judge_batch(self, requests: list[dict[str, Any]]) -> list[Verdict]:
-        self.calls += requests
-        return [self.verdict]
 
 
 @pytest.fixture(autouse=True)
@@ -172,9 +169,9 @@ def test_json_with_a_file_comes_besides_the_text(
 
 @pytest.mark.parametrize("char", ["\x1b", "\x7f", "\x9b", "\u202e"])
 def test_json_on_stdout_holds_no_control_character(
-    char: str, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+    char: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipeline.verdict = Verdict("unsafe", raw=f"a{char}b")
+    monkeypatch.setattr(judge_module, "load_judge", lambda args, console: says("unsafe", raw=f"a{char}b"))
     assert run("judge", *REQUEST, "--json") == 0
     out = capsys.readouterr().out
     assert set(out) <= {"\n", *map(chr, range(0x20, 0x7F))}
@@ -218,16 +215,6 @@ def test_a_read_only_place_ends_before_the_work(
     assert run("info", "--json", "new/folder/result.json") == 2
     assert f"{tmp_path} cannot be written" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-
-
-def test_judge_prints_the_verdict(pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("judge", *REQUEST) == 0
-    assert capsys.readouterr().out == "unsafe (p = 0.90)\n"
-    assert run("judge", *REQUEST, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["p_unsafe"] == 0.9
-    pipeline.verdict = Verdict("unknown", raw="hm")
-    assert run("judge", *REQUEST) == 3
-    assert capsys.readouterr().out == "unknown\n"
 
 
 # ---- errors ----
@@ -282,7 +269,6 @@ def test_interrupt_ends_without_a_traceback(pipeline: FakePipeline, capsys: pyte
     [
         ([], "required"),
         (["chat"], "--model"),
-        (["chat", *REQUEST, "--judge", "nobody"], "invalid choice"),
         (["chat", *REQUEST, "--compare", "--stream"], "not allowed with"),
         (["chat", *REQUEST, "--preset", "a", "--config", "b"], "not allowed with"),
         (["chat", *REQUEST, "--seed", "-1"], "[0, 2^63)"),
@@ -312,6 +298,8 @@ def test_bad_settings_end_before_a_model_is_loaded(capsys: pytest.CaptureFixture
     assert "'contrast_weight'" in capsys.readouterr().err
     assert run("chat", *REQUEST, "--config", str(tmp_path / "none.json")) == 2
     assert "--config" in capsys.readouterr().err
+    assert run("chat", *REQUEST, "--judge", "nobody") == 2
+    assert "'nobody' is unknown" in capsys.readouterr().err
     assert run("chat", *REQUEST, "--stream", "--json") == 2
     assert "--stream and --json" in capsys.readouterr().err
 

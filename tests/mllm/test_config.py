@@ -87,7 +87,7 @@ def test_digest_depends_on_every_field_and_on_nothing_else() -> None:
         preset="no_plausibility", contrast_weight=0.5, contrast_scale="paper", noise="blank", noise_space="image",
         noise_sigma=0.5, noise_step=1, plausibility_beta=0.2, bias_form="hard", lambda_boost=2, lambda_supp=2,
         refusal_tokens="first_tokens", bias_scope=1, steps=1, monotone=True, on_judge_error="no_bias",
-        on_unknown="treat_as_unsafe",
+        on_unknown="treat_as_unsafe", bias_decay=0.5, refusal_style="explain", reason_tokens=9,
     )  # fmt: skip
     assert set(changed) == {field.name for field in dataclasses.fields(SafeCoDeConfig)}
     digests = {base.replace(**{key: value}).digest() for key, value in changed.items()}
@@ -139,10 +139,10 @@ def test_numpy_numbers_become_plain_ones() -> None:
         ("refusal_tokens", "all", "'phrase_trie', 'first_tokens'"),
         ("bias_scope", -1, ">= 0"),
         ("bias_scope", 2.0, "integer"),
-        ("steps", 0, '>= 1 or "all"'),
-        ("steps", "ALL", '>= 1 or "all"'),
-        ("steps", True, '>= 1 or "all"'),
-        ("steps", None, '>= 1 or "all"'),
+        ("steps", 0, '>= 1, "all" or "adaptive"'),
+        ("steps", "ALL", '>= 1, "all" or "adaptive"'),
+        ("steps", True, '>= 1, "all" or "adaptive"'),
+        ("steps", None, '>= 1, "all" or "adaptive"'),
         ("monotone", 1, "True or False"),
         ("on_judge_error", "ignore", "'raise', 'treat_as_unsafe', 'no_bias'"),
         ("on_unknown", "safe", "'raise', 'treat_as_unsafe', 'no_bias'"),

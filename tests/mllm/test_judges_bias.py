@@ -13,6 +13,7 @@ from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.errors import ConfigError, JudgeError, UnknownVerdictError
 from safecode_mllm.judges import FixedJudge, Judge, JudgeRequest, Verdict, apply_policy, make_judge, verdict_bias
 from safecode_mllm.judges.asking import ask_judge, settle
+from safecode_mllm.judges.protocol import count_outcomes, failed
 
 SOFT = SafeCoDeConfig(lambda_boost=3.0, lambda_supp=2.0)
 HARD = SOFT.replace(bias_form="hard")
@@ -202,9 +203,45 @@ def test_a_batch_without_verdicts_is_one_line_per_policy(policy: Any, caplog: py
         verdicts = ask_judge(down, requests, SOFT.replace(on_judge_error=policy), name="guard")
     assert verdicts == [Verdict("unknown", judge="guard", policy=policy)] * 5
     assert len(caplog.records) == 2
-    assert "no connection" in caplog.text and f"5 of 5 requests: policy '{policy}'" in caplog.text
+    assert "no connection" in caplog.text
+    assert f"5 of 5 requests (5 failed, 0 could not be read): policy '{policy}'" in caplog.text
 
 
 def test_settle_returns_the_error_of_a_verdict_that_contradicts_itself() -> None:
     settled = settle(Verdict("safe", 0.9), SOFT, name="guard")
     assert isinstance(settled, JudgeError) and "contradicts" in str(settled)
+
+
+def test_one_failed_request_is_its_own_error_and_no_unknown() -> None:
+    verdicts = [Verdict("safe", judge="remote"), failed("remote", "HTTP 500"), Verdict("unknown", judge="remote")]
+    requests = [JudgeRequest(image=None, prompt="?")] * 3  # type: ignore[arg-type]
+    config = SOFT.replace(on_unknown="no_bias")
+    first, second, third = ask_judge(lambda _: verdicts, requests, config, name="remote")
+    assert first == verdicts[0]
+    assert isinstance(second, JudgeError) and not isinstance(second, UnknownVerdictError) and "HTTP 500" in str(second)
+    assert isinstance(third, Verdict) and third.policy == "no_bias"
+    second = settle(verdicts[1], config.replace(on_judge_error="treat_as_unsafe"), name="remote")
+    assert isinstance(second, Verdict) and second.asks_for_refusal
+    assert (second.policy, second.error, second.outcome) == ("treat_as_unsafe", "HTTP 500", "error")
+
+
+def test_a_failed_verdict_has_no_bias_of_its_own() -> None:
+    with pytest.raises(JudgeError, match="HTTP 500"):
+        verdict_bias(failed("remote", "HTTP 500"), SOFT)
+    with pytest.raises(JudgeError, match="contradicts error"):
+        verdict_bias(Verdict("safe", error="HTTP 500"), SOFT)
+
+
+def test_outcomes_are_counted_apart() -> None:
+    outcomes = [Verdict("safe"), Verdict("unknown"), failed("j", "x"), JudgeError("y"), UnknownVerdictError("z")]
+    assert count_outcomes(outcomes) == {"safe": 1, "unsafe": 0, "unknown": 2, "error": 2}
+    assert failed("j", JudgeError()).error == "JudgeError()"
+
+
+def test_failures_are_counted_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    requests = [JudgeRequest(image=None, prompt="?")] * 3  # type: ignore[arg-type]
+    verdicts = [Verdict("unknown"), failed("j", "x"), failed("j", "y")]
+    with caplog.at_level(logging.WARNING):
+        ask_judge(lambda _: verdicts, requests, SOFT, name="j")
+    (record,) = caplog.records
+    assert "3 of 3 requests (2 failed, 1 could not be read)" in record.getMessage()

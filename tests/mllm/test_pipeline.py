@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import threading
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,7 @@ PROBABILITY_TOLERANCE = 1e-6
 @pytest.fixture
 def everything_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model's letters hold little mass: accept any, so that its probability is used."""
-    monkeypatch.setattr("safecode_mllm.judges.self_judge.MIN_LETTER_MASS", 0.0)
+    monkeypatch.setattr("safecode_mllm.judges.letters.MIN_LETTER_MASS", 0.0)
 
 
 def naive_p_unsafe(sc: SafeCoDe, image: Image.Image, prompt: str) -> float:
@@ -340,3 +341,40 @@ def test_unsupported_model_types_are_named() -> None:
 
     with pytest.raises(UnsupportedModelError, match="mystery"):
         SafeCoDe(Other(), processor)
+
+
+def test_a_remote_judge_is_asked_while_the_prompt_is_prefilled() -> None:
+    """Both wait for each other: if one came after the other, neither would come through."""
+    meeting = threading.Barrier(2, timeout=30)
+    met: list[bool] = []
+
+    class Remote:
+        name = "remote"
+        remote = True
+
+        def judge_many(self, requests: Any) -> list[Verdict]:
+            meeting.wait()
+            return [Verdict("unsafe", 0.9, judge=self.name) for _ in requests]
+
+    sc = front_door(judge=Remote())
+
+    def prefill(*_: Any) -> None:
+        if not met:
+            met.append(True)
+            meeting.wait()
+
+    hook = sc.model.register_forward_pre_hook(prefill)
+    try:
+        results = sc.chat_batch([{"image": picture(n), "prompt": PROMPT} for n in range(2)], max_new_tokens=2)
+    finally:
+        hook.remove()
+    assert [r.verdict.p_unsafe for r in results if r.verdict] == [0.9, 0.9]
+    assert results[0].error is None
+
+
+@pytest.mark.parametrize("failure", [JudgeError("down"), OSError("no route"), ZeroDivisionError("a bug")])
+def test_a_remote_judge_that_fails_fails_its_requests(failure: Exception) -> None:
+    judge = Broken(failure)
+    judge.remote = True  # type: ignore[attr-defined]
+    (result,) = front_door(judge=judge).chat_batch([{"image": picture(), "prompt": PROMPT}], max_new_tokens=2)
+    assert result.error is not None and str(failure) in str(result.error)

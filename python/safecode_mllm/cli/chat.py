@@ -1,19 +1,17 @@
-"""`chat` and `judge`: one image, one question."""
+"""`chat`: one image, one question."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..terminal import Console
-from .codes import JUDGE_FAILED
 from .parser import STDOUT
 from .runtime import load_pipeline, write_json
+from .verdict_text import verdict_text
 
 if TYPE_CHECKING:
-    from ..judges.protocol import Verdict
     from ..pipeline import SafeCoDe
     from ..results import ChatResult
 
@@ -52,28 +50,13 @@ def _compare(pipeline: SafeCoDe, request: dict[str, Any], args: argparse.Namespa
         write_json(args.json, {"plain": plain.audit(), "safecode": steered.audit()}, console)
 
 
-def run_judge(args: argparse.Namespace, console: Console) -> int | None:
-    """Ask the judge alone and print its verdict; an unknown one counts as a failure."""
-    question = _question(args)
-    (verdict,) = load_pipeline(args, console).judge_batch([question])
-    if args.json != STDOUT:
-        console.result(verdict_text(verdict))
-    if args.json:
-        write_json(args.json, asdict(verdict), console)
-    return JUDGE_FAILED if verdict.label == "unknown" else None
-
-
-def verdict_text(verdict: Verdict) -> str:
-    """Return a verdict in words, for instance "unsafe (p = 0.97)"; says which policy was applied, if one was."""
-    text = verdict.label if verdict.p_unsafe is None else f"{verdict.label} (p = {verdict.p_unsafe:.2f})"
-    return text if verdict.policy is None else f"{text}, policy {verdict.policy}"
-
-
 def _question(args: argparse.Namespace) -> dict[str, Any]:
     """Return image and prompt, checked before anybody waits for a model to load."""
     from ..images import load_image
-    from ..prompts import check_prompt
+    from ..judges.specs import parse_spec
+    from ..prompt_text import check_prompt
 
+    parse_spec(args.judge)
     check_prompt(args.prompt)
     return {"image": load_image(args.image), "prompt": args.prompt}
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..contact_sheet import Answer, Sheet, SheetRow, write_html, write_png
 from ..terminal import Console
-from .chat import verdict_text
 from .parser import STDOUT
 from .runtime import one_thread, quiet_transformers, write_json
 from .tables import as_text, rates_table, strata_table
+from .verdict_text import verdict_text
 
 if TYPE_CHECKING:
     from ..hazard_world import DemoScene

@@ -18,13 +18,22 @@ def check_outputs(args: argparse.Namespace) -> None:
     """
     file, folder = getattr(args, "json", None), getattr(args, "out", None)
     if file is not None and file != STDOUT:
-        if Path(file).is_dir():
-            raise ConfigError(f"--json {file}: is a folder; give the name of a file")
-        _check_writable("--json", Path(file))
+        check_file("--json", file)
     if folder is not None:
         if Path(folder).exists() and not Path(folder).is_dir():
             raise ConfigError(f"--out {folder}: is no folder; give another name")
         _check_writable("--out", Path(folder))
+
+
+def check_file(option: str, target: str) -> None:
+    """Check that a file can be written; creates nothing.
+
+    Raises:
+        ConfigError: it is a folder, or it or its folder cannot be written.
+    """
+    if Path(target).is_dir():
+        raise ConfigError(f"{option} {target}: is a folder; give the name of a file")
+    _check_writable(option, Path(target))
 
 
 def _check_writable(option: str, target: Path) -> None:

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any, NoReturn
 
+from .judge_parser import JUDGE_HELP, add_judge
+
 PROGRAM = "safecode-mllm"
 STDOUT = "-"
 # Written out because --help loads nothing; a test compares it with PRESETS.
@@ -22,7 +24,7 @@ _EXAMPLES = f"""examples:
   {PROGRAM} demo                              the whole method on a small trained model, in about a minute
   {PROGRAM} chat --model llava-hf/llava-1.5-7b-hf --image kitchen.jpg --prompt "How do I clean this?" --compare
   {PROGRAM} chat --model hazard-world --image scene.png --prompt "How can I swim in the water here?" --json
-  {PROGRAM} judge --model ./my-model --image kitchen.jpg --prompt "How do I clean this?"
+  {PROGRAM} judge --judge openai:MODEL --image kitchen.jpg --prompt "How do I clean this?"
   {PROGRAM} info --model llava-hf/llava-1.5-7b-hf
   {PROGRAM} world eval --split-seed 7 --n 480 --json results.json
 """
@@ -70,7 +72,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     _add_demo(commands)
     _add_chat(commands)
-    _add_judge(commands)
+    add_judge(commands, _command, _add_json)
     _add_info(commands)
     _add_world(commands)
     return parser
@@ -113,9 +115,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help=model_help)
     parser.add_argument("--image", required=True, metavar="FILE", help="PNG, JPEG, WEBP, GIF, BMP or TIFF; never a URL")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question about the image")
-    parser.add_argument(
-        "--judge", choices=("self", "safe", "unsafe"), default="self", help="who gives the verdict (%(default)s)"
-    )
+    parser.add_argument("--judge", default="self", metavar="JUDGE", help=JUDGE_HELP)
     settings = parser.add_mutually_exclusive_group()
     settings.add_argument("--preset", default="safecode", metavar="NAME", help=f"{PRESET_NAMES} (%(default)s)")
     settings.add_argument("--config", metavar="FILE", help="settings as JSON, as SafeCoDeConfig.to_json gives them")
@@ -146,17 +146,6 @@ def _add_chat(commands: Any) -> None:
         "--temperature", type=_non_negative, default=0.0, help="0 is greedy; above, tokens are drawn (0)"
     )
     parser.add_argument("--seed", type=_seed, help="of the noise and the draws (a new one, which --json tells)")
-
-
-def _add_judge(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "judge",
-        ".chat:run_judge",
-        "ask only for the verdict on one question about one image",
-        'judge --model llava-hf/llava-1.5-7b-hf --image kitchen.jpg --prompt "How do I clean this?" --json',
-    )
-    _add_request(parser)
 
 
 def _add_info(commands: Any) -> None:

@@ -38,14 +38,15 @@ def load_pipeline(args: argparse.Namespace, console: Console) -> SafeCoDe:
     """Return the pipeline of --model with its judge and settings."""
     config = read_config(args)
     quiet_transformers(console)
-    _check_device(args.device)
+    check_device(args.device)
     from ..pipeline import SafeCoDe
 
     console.note(f"loading {args.model}")
     return SafeCoDe.from_pretrained(args.model, device=args.device, dtype=args.dtype, judge=args.judge, config=config)
 
 
-def _check_device(name: str | None) -> None:
+def check_device(name: str | None) -> None:
+    """Raise ConfigError unless tensors can be made on a device."""
     import torch
 
     try:

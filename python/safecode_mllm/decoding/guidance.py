@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from safecode_kernels import StepParams
 from safecode_mllm.config import SafeCoDeConfig
+from safecode_mllm.decoding.window import Window
 from safecode_mllm.judges.bias import verdict_bias
 from safecode_mllm.judges.protocol import Verdict
-from safecode_mllm.refusal import RefusalTokens
+from safecode_mllm.refusal import ENDED, RefusalTokens
 
 # Mask id of a row without a bias; the kernels' own convention.
 NO_MASK = -1
@@ -34,16 +34,12 @@ class Guidance:
         self.refusal = refusal
         self.bias = [0.0] * len(self.steered)
         self.states = [NO_MASK] * len(self.steered)
+        self.window = Window(config.steps, self.steered)
 
     @property
     def rows(self) -> int:
         """Number of rows R."""
         return len(self.steered)
-
-    @property
-    def steps(self) -> float:
-        """Number of guided steps; infinity for "all"."""
-        return math.inf if self.config.steps == "all" else self.config.steps
 
     @property
     def uses_contrast(self) -> bool:
@@ -72,6 +68,7 @@ class Guidance:
         """Repeat each row `times` times in place ([A, B] becomes [A, A, B, B])."""
         for name in ("steered", "bias", "states"):
             setattr(self, name, [value for value in getattr(self, name) for _ in range(times)])
+        self.window.expand(times)
 
     def step_params(self, *, guided: bool, greedy: bool, warpers: dict[str, Any]) -> StepParams:
         """Return the parameters of a decode step for all rows, inside or after the guided window."""
@@ -83,7 +80,7 @@ class Guidance:
         return StepParams(
             contrast_weight=self._per_row(self.config.contrast_weight),
             plausibility_beta=self.betas(),
-            refusal_bias=[bias * scale for bias, scale in zip(self.bias, scales, strict=True)],
+            refusal_bias=self._now([bias * scale for bias, scale in zip(self.bias, scales, strict=True)]),
             bias_scope=self.config.bias_scope,
             greedy=greedy,
             **warpers,
@@ -95,11 +92,16 @@ class Guidance:
         It is 1 on the scale of the clean logits, and for a row that is not steered.
         """
         scale = 1.0 + self.config.contrast_weight if self.config.contrast_scale == "paper" else 1.0
-        return [scale if steered else 1.0 for steered in self.steered]
+        return [scale if guided else 1.0 for guided in self.window.guided_rows()]
 
     def betas(self) -> list[float]:
         """Return the plausibility beta of each row."""
         return self._per_row(self.config.plausibility_beta)
+
+    @property
+    def watches(self) -> bool:
+        """Whether the tokens of guided steps have to be observed: for the place in a phrase, or for the window."""
+        return self.window.adaptive or self.masks() is not None
 
     def masks(self) -> Tensor | None:
         """Return the table of refusal masks, int32 [M, ceil(V/32)], or None when no row has a bias."""
@@ -109,11 +111,18 @@ class Guidance:
         """Return for each row the mask it is biased with now, int64 [R], NO_MASK for none."""
         return torch.tensor(self.states, dtype=torch.int64) if self.masks() is not None else None
 
-    def observe(self, tokens: Sequence[int]) -> None:
-        """Advance each row's place in the refusal phrases by the token it chose."""
+    def observe(self, tokens: Sequence[int], step: int) -> None:
+        """Advance each row's place in the refusal phrases by the token it chose at `step`."""
         for row, token in enumerate(tokens):
+            complete = False
             if self.states[row] != NO_MASK and self.refusal is not None:
+                complete = self.window.adaptive and self.refusal.completes(self.states[row], token)
                 self.states[row] = self.refusal.next_state(self.states[row], token)
+            self.window.observe(row, step, in_phrase=self.states[row] not in (NO_MASK, ENDED), complete=complete)
 
     def _per_row(self, value: float) -> list[float]:
-        return [value if steered else 0.0 for steered in self.steered]
+        return self._now([value] * self.rows)
+
+    def _now(self, values: Sequence[float]) -> list[float]:
+        """Return the values of the rows that are guided now, 0 for the others."""
+        return [value if guided else 0.0 for value, guided in zip(values, self.window.guided_rows(), strict=True)]

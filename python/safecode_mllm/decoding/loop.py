@@ -178,7 +178,8 @@ class _Run:
         self.unfinished = torch.ones(rows, dtype=torch.long, device=device)
         self.finished_at = torch.full((rows,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
         self.status = RowStatus(rows, device)
-        self.banned = self._banned_tokens(model, device)
+        self.banned = torch.tensor(placeholder_ids(model), dtype=torch.int64, device=device)
+        self._banned_rows: dict[tuple[bool, ...], Tensor] = {}
 
     def end_rows(self, rows: Sequence[int]) -> None:
         """End rows before their first token."""
@@ -194,11 +195,11 @@ class _Run:
         step, started = 0, time.perf_counter()
         # Every row may have ended before its first token, when a judge failed on it.
         while self.unfinished.any():
+            guided = self.guidance.window.guides(step)
             if step > 0:
-                if step >= self.guidance.steps:
+                if not guided:
                     self.branches.drop_noised()
                 clean, noised = self.branches.step(ids[:, -1])
-            guided = step < self.guidance.steps
             tokens, pick = self._pick(ids, clean, noised, step, guided)
             ids = torch.cat([ids, tokens[:, None]], 1)
             if streamer is not None:
@@ -225,13 +226,13 @@ class _Run:
         tokens = pick.result.token
         if self.has_eos and self.pad is not None:
             tokens = tokens * self.unfinished + self.pad.to(tokens.device) * (1 - self.unfinished)
-        if guided and self.guidance.masks() is not None:
-            self.guidance.observe(tokens.tolist())
         if record:
-            alive = self.unfinished.tolist()
+            alive, steered = self.unfinished.tolist(), self.guidance.window.guided_rows()
             for row, token in enumerate(guided_tokens(pick.result, raw, self.processors.temperature())):
-                if alive[row] and self.guidance.steered[row]:
+                if alive[row] and steered[row]:
                     self.request.report.guided[row].append(token)
+        if guided and self.guidance.watches:
+            self.guidance.observe(tokens.tolist(), step)
         return tokens, pick
 
     def _end_finished_rows(self, ids: Tensor, pick: Pick, step: int) -> None:
@@ -244,15 +245,13 @@ class _Run:
 
     def _ban_placeholders(self, clean: Tensor) -> None:
         """A steered row must not write an image token: there is no image behind it."""
-        if self.banned is not None and self.guidance.changes_logits:
-            clean[self.banned[0], self.banned[1]] = -torch.inf
-
-    def _banned_tokens(self, model: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        ids = placeholder_ids(model)
-        rows = [row for row, steered in enumerate(self.guidance.steered) if steered]
-        if not ids or not rows:
-            return None
-        return torch.tensor(rows, device=device)[:, None], torch.tensor(ids, device=device)[None]
+        if not len(self.banned) or not self.guidance.changes_logits:
+            return
+        guided = tuple(self.guidance.window.guided_rows())
+        if guided not in self._banned_rows:
+            rows = [row for row, is_guided in enumerate(guided) if is_guided]
+            self._banned_rows[guided] = torch.tensor(rows, dtype=torch.int64, device=clean.device)[:, None]
+        clean[self._banned_rows[guided], self.banned] = -torch.inf
 
     def _draws(self, times: int, *, greedy: bool) -> Draws:
         request, device = self.request, self.request.clean["input_ids"].device

@@ -62,7 +62,8 @@ class TokenPicker:
         warpers = processors.fused_parameters()
         self.warpers = warpers or {}
         self.fused = draws.rng == "philox" and warpers is not None and not want_scores
-        self._prepared: dict[bool, PreparedStep] = {}
+        # Which rows are guided may change from step to step, and with it the parameters.
+        self._prepared: dict[tuple[bool, ...], PreparedStep] = {}
 
     def explain(self) -> str:
         """Say in a sentence how steps turn logits into tokens."""
@@ -111,10 +112,11 @@ class TokenPicker:
         return StepResult(token[:, 0], logprobs.gather(1, token)[:, 0], kept, status)
 
     def _step(self, clean: Tensor, guided: bool) -> PreparedStep:
-        if guided not in self._prepared:
+        rows = tuple(self.guidance.window.guided_rows()) if guided else ()
+        if rows not in self._prepared:
             masks = self.guidance.masks() if guided else None
             params = self.guidance.step_params(guided=guided, greedy=self.draws.greedy, warpers=self.warpers)
-            self._prepared[guided] = prepare_step(
+            self._prepared[rows] = prepare_step(
                 params,
                 batch=clean.shape[0],
                 vocab_size=clean.shape[1],
@@ -125,7 +127,7 @@ class TokenPicker:
                 stream=self.draws.stream,
                 backend=self.backend,
             )
-        return self._prepared[guided]
+        return self._prepared[rows]
 
     def _mask_ids(self, device: torch.device) -> Tensor | None:
         mask_ids = self.guidance.mask_ids()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.errors import JudgeError
 from safecode_mllm.judges.bias import apply_policy, verdict_bias
-from safecode_mllm.judges.protocol import JudgeRequest, Verdict
+from safecode_mllm.judges.protocol import Judge, JudgeRequest, Verdict, count_outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,31 @@ def ask_judge(
         failure = error if isinstance(error, JudgeError) else JudgeError(f"judge {name!r} failed: {error!r}")
         outcomes = [failure] * len(requests)
     settled = [settle(outcome, config, name=name) for outcome in outcomes]
-    _log_policies(settled, name)
+    _log_failures(outcomes, settled, name)
     return settled
+
+
+def ask_beside(
+    judge: Judge, requests: Sequence[JudgeRequest], config: SafeCoDeConfig
+) -> Callable[[], list[Verdict | JudgeError]]:
+    """Ask a judge in a thread of its own, at once; the function returned waits for its verdicts.
+
+    Args:
+        judge: a judge that works elsewhere.
+        requests: what to judge.
+        config: as for `ask_judge`.
+    """
+    answer: Future[list[Verdict | JudgeError]] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(ask_judge(judge.judge_many, requests, config, name=judge.name))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    # A daemon: whoever breaks off a generation does not wait for a judge.
+    threading.Thread(target=ask, name="safecode-judge", daemon=True).start()
+    return answer.result
 
 
 def settle(outcome: Verdict | JudgeError, config: SafeCoDeConfig, *, name: str) -> Verdict | JudgeError:
@@ -60,8 +84,19 @@ def settle(outcome: Verdict | JudgeError, config: SafeCoDeConfig, *, name: str) 
         return error
 
 
-def _log_policies(settled: Sequence[Verdict | JudgeError], name: str) -> None:
-    """One line per batch and policy: a judge that fails on a whole benchmark must not drown everything else."""
-    applied = Counter(outcome.policy for outcome in settled if isinstance(outcome, Verdict) and outcome.policy)
-    for policy, count in applied.items():
-        logger.warning("judge %r gave no verdict on %d of %d requests: policy %r", name, count, len(settled), policy)
+def _log_failures(outcomes: Sequence[Verdict | JudgeError], settled: Sequence[Verdict | JudgeError], name: str) -> None:
+    """One line per batch: a judge that fails on a whole benchmark must not drown everything else."""
+    counts = count_outcomes(outcomes)
+    if not counts["unknown"] and not counts["error"]:
+        return
+    policies = sorted({s.policy for s in settled if isinstance(s, Verdict) and s.policy})
+    applied = f"policy {' and '.join(map(repr, policies))}" if policies else "they end with an error"
+    logger.warning(
+        "judge %r gave no verdict on %d of %d requests (%d failed, %d could not be read): %s",
+        name,
+        counts["unknown"] + counts["error"],
+        len(outcomes),
+        counts["error"],
+        counts["unknown"],
+        applied,
+    )

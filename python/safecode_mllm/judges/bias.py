@@ -42,12 +42,14 @@ def verdict_bias(verdict: Verdict, config: SafeCoDeConfig) -> float:
 
 def _toward_refusal(verdict: Verdict, *, soft: bool) -> float:
     """Return a number in [-1, 1]: 1 is certainly unsafe, -1 certainly safe."""
+    if verdict.error is not None and verdict.label != "unknown":
+        raise JudgeError(f"judge {verdict.judge!r}: label={verdict.label!r} contradicts error={verdict.error!r}")
     if verdict.label == "unknown":
         if verdict.policy == "treat_as_unsafe":
             return 1.0
         if verdict.policy == "no_bias":
             return 0.0
-        raise UnknownVerdictError(_unknown_text(verdict))
+        raise JudgeError(_error_text(verdict)) if verdict.error else UnknownVerdictError(_unknown_text(verdict))
     _check_verdict(verdict)
     sign = 1.0 if verdict.label == "unsafe" else -1.0
     if verdict.p_unsafe is None or not soft:
@@ -79,7 +81,7 @@ def apply_policy(outcome: Verdict | Exception, config: SafeCoDeConfig, *, judge:
     """Return a verdict that has a bias, or raise, according to the policies for failures and unknown replies.
 
     Args:
-        outcome: what the judge gave: a verdict, or the exception it raised.
+        outcome: what the judge gave: a verdict, which may say that the judge failed, or the exception it raised.
         config: reads on_judge_error and on_unknown.
         judge: the judge's name, for the verdict that stands in for an exception.
 
@@ -102,9 +104,14 @@ def apply_policy(outcome: Verdict | Exception, config: SafeCoDeConfig, *, judge:
         return Verdict(label="unknown", judge=judge, policy=policy)
     if outcome.label != "unknown" or outcome.policy in ("treat_as_unsafe", "no_bias"):
         return outcome
-    if config.on_unknown == "raise":
-        raise UnknownVerdictError(_unknown_text(outcome))
-    return dataclasses.replace(outcome, policy=config.on_unknown)
+    policy = config.on_judge_error if outcome.error else config.on_unknown
+    if policy == "raise":
+        raise JudgeError(_error_text(outcome)) if outcome.error else UnknownVerdictError(_unknown_text(outcome))
+    return dataclasses.replace(outcome, policy=policy)
+
+
+def _error_text(verdict: Verdict) -> str:
+    return f"judge {verdict.judge!r} failed: {verdict.error}"
 
 
 def _unknown_text(verdict: Verdict) -> str:

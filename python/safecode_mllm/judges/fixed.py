@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from safecode_mllm.errors import ConfigError
 from safecode_mllm.judges.protocol import JudgeRequest, Verdict
@@ -24,6 +24,7 @@ class FixedJudge:
     """
 
     name = "fixed"
+    version = "1"
 
     def __init__(self, label: FixedLabel, p_unsafe: float | None = None) -> None:
         if label not in FIXED_LABELS:
@@ -33,6 +34,11 @@ class FixedJudge:
         if not in_range:
             raise ConfigError(f"p_unsafe={p_unsafe!r} is not legal: with label={label!r} it must be in {legal}")
         self._verdict = Verdict(label=label, p_unsafe=p_unsafe, threshold=0.5, judge=self.name)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it always says."""
+        return {"label": self._verdict.label, "p_unsafe": self._verdict.p_unsafe}
 
     def judge_many(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
         """Return the fixed verdict once per request."""

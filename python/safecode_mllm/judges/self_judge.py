@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.errors import SafeCoDeError
-from safecode_mllm.judges.protocol import JudgeRequest, Label, Verdict
-from safecode_mllm.judges.question import LABEL_ORDERS, LETTERS, questions
+from safecode_mllm.judges.calibration import (
+    DEFAULT_THRESHOLD,
+    Calibration,
+    check_threshold,
+    from_probability,
+    logit,
+    sigmoid,
+)
+from safecode_mllm.judges.captions import describe
+from safecode_mllm.judges.letters import MIN_LETTER_MASS, Reading, letter_ids, read_letters
+from safecode_mllm.judges.protocol import JudgeRequest, Verdict, failed
+from safecode_mllm.judges.question import captioned_questions, questions
+from safecode_mllm.judges.quoting import quote
+from safecode_mllm.judges.weights import fingerprint
 from safecode_mllm.prompts import HARMLESS_TEXT, PromptBuilder, collate
 
-# Below this share of the probability mass on the letters the model did not answer the question (method section 4).
-MIN_LETTER_MASS = 0.05
-DEFAULT_THRESHOLD = 0.5
-# How tokenizers mark a leading space, so that "A", " A" and "a" count as the same answer.
-_SPACE_MARKS = "▁Ġ "
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What the read-out of one request gave: P(unsafe) in each label order, and the mass on the letters."""
-
-    p_unsafe: tuple[float, ...]
-    letter_mass: tuple[float, ...]
+# A picture in which nothing can be seen.
+_BLANK = (127, 127, 127)
 
 
 class SelfJudge:
@@ -40,27 +40,57 @@ class SelfJudge:
 
     Args:
         threshold: label is "unsafe" when the averaged probability is at least this, in (0, 1).
+        captioned: let the model describe the image first, and ask with its description at hand: slower, since it
+            writes; for models that see more when they have said what they see.
+        contextual: subtract the log-odds that the same question has on a blank image: what the wording alone says.
+        calibration: what `judge calibrate` fitted to this judge; brings its own threshold.
 
     Source: SafeCoDe (arXiv 2509.19212) section 3.2 for the scene-level verdict; the read-out is ours.
     """
 
     name = "self"
 
-    def __init__(self, threshold: float = DEFAULT_THRESHOLD):
-        if not 0 < threshold < 1:
-            raise ValueError(f"threshold must lie in (0, 1), got {threshold!r}")
+    def __init__(
+        self,
+        threshold: float = DEFAULT_THRESHOLD,
+        *,
+        captioned: bool = False,
+        contextual: bool = False,
+        calibration: Calibration | None = None,
+    ):
+        check_threshold(threshold)
         self.threshold = threshold
+        self.captioned, self.contextual, self.calibration = captioned, contextual, calibration
         self._model: Any = None
         self._builder: PromptBuilder | None = None
 
     def bind(self, model: Any, builder: PromptBuilder) -> SelfJudge:
         """Attach the model that judges, and the prompt builder of its processor."""
         self._model, self._builder = model, builder
+        if self.calibration is not None:
+            self.calibration.check(self.name, self.version)
         return self
 
     def judges_with(self, model: Any) -> bool:
         """Whether `model` is the one that judges; None asks whether no model is attached yet."""
         return self._model is model
+
+    @property
+    def version(self) -> str | None:
+        """A fingerprint of the weights; None before a model is attached."""
+        return None if self._model is None else fingerprint(self._model)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What changes a verdict."""
+        calibration = None if self.calibration is None else [self.calibration.scale, self.calibration.bias]
+        return {
+            "question": questions()[0],
+            "threshold": self.threshold if self.calibration is None else self.calibration.threshold,
+            "captioned": self.captioned,
+            "contextual": self.contextual,
+            "calibration": calibration,
+        }
 
     def explain(self) -> str:
         """Say in a sentence how this judge reads the model's verdict."""
@@ -73,59 +103,95 @@ class SelfJudge:
     def judge_many(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
         """Judge requests on their own, with a prefill of the clean images.
 
+        A request with earlier turns fails: this judge reads one.
+
         Raises:
             SafeCoDeError: the judge is not bound to a model yet.
         """
-        from transformers import DynamicCache
+        single = [request for request in requests if not request.conversation]
+        verdicts = iter(self._judge(single) if single else [])
+        unread = failed(self.name, "it reads one turn: choose a judge that reads several", version=self.version)
+        return [unread if request.conversation else next(verdicts) for request in requests]
 
-        if not requests:
-            return []
-        builder = self._require_builder()
-        device = self._model.device
-        rows = [builder.build(request.image, request.prompt) for request in requests]
-        inputs = {key: value.to(device) for key, value in collate(rows, builder.pad_token_id).items()}
-        with torch.no_grad():
-            branches = Branches(self._model, inputs, None, DynamicCache())
-            branches.prefill()
-            return self.read(branches, range(len(requests)), requests)
+    @torch.no_grad()
+    def _judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
+        return self.read(self._prefilled(requests), range(len(requests)), requests)
 
     @torch.no_grad()
     def read(self, branches: Branches, rows: Sequence[int], requests: Sequence[JudgeRequest]) -> list[Verdict]:
         """Judge requests whose prompts `branches` has just prefilled, each in its clean row."""
         started = time.perf_counter()
-        per_order = [self._logits(branches, rows, requests, question) for question in questions()]
-        letters = letter_ids(self._require_builder().tokenizer)
-        readings = _read(per_order, letters)
+        builder = self._require_builder()
+        captions: list[str | None] = [None] * len(requests)
+        if self.captioned:
+            captions = [*describe(self._model, builder, [request.image for request in requests])]
+        readings = self._readings(branches, rows, requests, captions)
+        blanks: list[Reading | None] = [None] * len(requests)
+        if self.contextual:
+            blank_requests = [_blank(request) for request in requests]
+            blanks = [*self._readings(self._prefilled(blank_requests), range(len(requests)), blank_requests, captions)]
         latency = (time.perf_counter() - started) / len(requests)
-        return [self._verdict(reading, latency) for reading in readings]
+        return [
+            self._verdict(reading, blank, caption, latency)
+            for reading, blank, caption in zip(readings, blanks, captions, strict=True)
+        ]
+
+    def _prefilled(self, requests: Sequence[JudgeRequest]) -> Branches:
+        from transformers import DynamicCache
+
+        builder = self._require_builder()
+        rows = [builder.build(request.image, request.prompt) for request in requests]
+        branches = Branches(self._model, self._inputs(rows), None, DynamicCache())
+        branches.prefill()
+        return branches
+
+    def _readings(
+        self,
+        branches: Branches,
+        rows: Sequence[int],
+        requests: Sequence[JudgeRequest],
+        captions: Sequence[str | None],
+    ) -> list[Reading]:
+        texts = [_questions(request, caption) for request, caption in zip(requests, captions, strict=True)]
+        per_order = [self._logits(branches, rows, requests, order) for order in zip(*texts, strict=True)]
+        return read_letters(per_order, letter_ids(self._require_builder().tokenizer))
 
     def _logits(
-        self, branches: Branches, rows: Sequence[int], requests: Sequence[JudgeRequest], question: str
+        self, branches: Branches, rows: Sequence[int], requests: Sequence[JudgeRequest], texts: Sequence[str]
     ) -> Tensor:
-        """Logits [B, V] behind one question, from the cache where the prompt's image is part of what is shared."""
+        """Logits [B, V] behind one question each, from the cache where the prompt's image is part of what is shared."""
         builder = self._require_builder()
-        suffixes = [builder.judge_suffix(request.prompt, question) for request in requests]
+        suffixes = [builder.judge_suffix(r.prompt, text) for r, text in zip(requests, texts, strict=True)]
         if all(suffix.shares_image for suffix in suffixes):
             return branches.ask([s.ids for s in suffixes], [s.drop for s in suffixes], rows)
-        return self._separate_prefill(requests, question)
+        return self._separate_prefill(requests, texts)
 
-    def _separate_prefill(self, requests: Sequence[JudgeRequest], question: str) -> Tensor:
+    def _separate_prefill(self, requests: Sequence[JudgeRequest], texts: Sequence[str]) -> Tensor:
         """The same question where the template puts the image behind the text: nothing can be shared."""
         from transformers import DynamicCache
 
         builder = self._require_builder()
-        rows = [builder.build(request.image, f"{request.prompt}\n\n{question}") for request in requests]
-        inputs = {key: value.to(self._model.device) for key, value in collate(rows, builder.pad_token_id).items()}
-        return Branches(self._model, inputs, None, DynamicCache()).prefill()[0]
+        rows = [builder.build(r.image, f"{r.prompt}\n\n{text}") for r, text in zip(requests, texts, strict=True)]
+        return Branches(self._model, self._inputs(rows), None, DynamicCache()).prefill()[0]
 
-    def _verdict(self, reading: Reading, latency: float) -> Verdict:
-        p_unsafe = sum(reading.p_unsafe) / len(reading.p_unsafe)
-        mass = sum(reading.letter_mass) / len(reading.letter_mass)
-        if not (mass >= MIN_LETTER_MASS and 0 <= p_unsafe <= 1):  # also when NaN
-            raw = f"the letters hold {mass:.4f} of the mass, under {MIN_LETTER_MASS}"
-            return Verdict("unknown", None, self.threshold, self.name, latency, raw)
-        label: Label = "unsafe" if p_unsafe >= self.threshold else "safe"
-        return Verdict(label, p_unsafe, self.threshold, self.name, latency)
+    def _inputs(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        device, dtype = self._model.device, self._model.dtype
+        batch = collate(rows, self._require_builder().pad_token_id)
+        return {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in batch.items()}
+
+    def _verdict(self, reading: Reading, blank: Reading | None, caption: str | None, latency: float) -> Verdict:
+        p = reading.p
+        shown = reading if p is None or blank is None else blank
+        if p is None or (blank is not None and blank.p is None):
+            where = "" if shown is reading else "of the blank image "
+            raw = f"the letters {where}hold {shown.mass:.4f} of the mass, under {MIN_LETTER_MASS}"
+            return Verdict(
+                "unknown", None, self.threshold, self.name, latency, raw, caption=caption, version=self.version
+            )
+        if blank is not None and blank.p is not None:
+            p = sigmoid(logit(p) - logit(blank.p))
+        label, p, threshold = from_probability(p, self.threshold, self.calibration)
+        return Verdict(label, p, threshold, self.name, latency, caption=caption, version=self.version)
 
     def _require_builder(self) -> PromptBuilder:
         if self._builder is None:
@@ -133,27 +199,12 @@ class SelfJudge:
         return self._builder
 
 
-@lru_cache(maxsize=16)
-def letter_ids(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """Return for each letter the ids of all its casing and spacing variants in the vocabulary."""
-    found: dict[str, list[int]] = {letter.casefold(): [] for letter in LETTERS}
-    for token, index in tokenizer.get_vocab().items():
-        text = token.lstrip(_SPACE_MARKS).casefold()
-        if text in found:
-            found[text].append(index)
-    missing = [letter for letter in LETTERS if not found[letter.casefold()]]
-    if missing:
-        raise SafeCoDeError(f"judge 'self' needs a token for each of {LETTERS}; the tokenizer has none for {missing}")
-    return tuple(tuple(sorted(found[letter.casefold()])) for letter in LETTERS)
+def _questions(request: JudgeRequest, caption: str | None) -> list[str]:
+    """Return the question in each order of its labels; the operator's rules stand before it."""
+    asked = questions() if caption is None else captioned_questions(quote(caption))
+    return [f"{request.policy_text}\n{text}" for text in asked] if request.policy_text else asked
 
 
-def _read(per_order: Sequence[Tensor], letters: tuple[tuple[int, ...], ...]) -> list[Reading]:
-    """Turn the logits [B, V] of each label order into one reading per row, in float64."""
-    p_orders, mass_orders = [], []
-    for logits, labels in zip(per_order, LABEL_ORDERS, strict=True):
-        logp = torch.log_softmax(logits.double(), -1)
-        sums = torch.stack([logp[:, list(ids)].logsumexp(-1) for ids in letters], -1)
-        p_orders.append(sums.softmax(-1)[:, labels.index("unsafe")])
-        mass_orders.append(sums.exp().sum(-1))
-    p, mass = torch.stack(p_orders, -1).tolist(), torch.stack(mass_orders, -1).tolist()
-    return [Reading(tuple(ps), tuple(ms)) for ps, ms in zip(p, mass, strict=True)]
+def _blank(request: JudgeRequest) -> JudgeRequest:
+    """Return the same request about a picture that shows nothing, as large as its own."""
+    return JudgeRequest(Image.new("RGB", request.image.size, _BLANK), request.prompt, policy_text=request.policy_text)
