@@ -139,7 +139,7 @@ def test_processors_that_leave_nothing_are_named() -> None:
     for max_steps in (5, 1):  # inside the guided window, and in the free run
         clean = peaked_model().prompts(1)
         loop = steered(clean)
-        loop.guidance.config = CONFIG.replace(steps=max_steps)
+        loop.guidance = Guidance(CONFIG.replace(steps=max_steps), [True], TinyTrie())
         processors = LogitsProcessorList([LateProcessor(Nothing(), first_step=max_steps - 1)])
         with pytest.raises(DecodeError, match="LateProcessor"):
             loop.generate(peaked_model().model, max_new_tokens=8, eos_token_id=-1, logits_processor=processors)

@@ -224,3 +224,34 @@ def test_record_holds_both_probabilities() -> None:
     assert tokens[0].p_plain == pytest.approx(float(z.softmax(-1)[0, tokens[0].token_id]), abs=1e-6)
     assert all(0 < token.p_steered <= 1 and token.n_kept >= 1 for token in tokens)
     assert set(loop.report.seconds) == {"prefill", "judge", "guided", "free"}
+
+
+@pytest.mark.parametrize("rng", ["torch", "philox"])
+def test_each_row_may_have_a_configuration_of_its_own(rng: Any) -> None:
+    tiny = model_of("llava")
+    clean = tiny.prompts(4, extra=(0, 3, 1, 0))
+    noised = noised_copy(clean)
+    configs = [
+        SafeCoDeConfig(contrast_weight=0.8, steps=2, lambda_boost=2.0),
+        SafeCoDeConfig(contrast_weight=0.2, plausibility_beta=0.0, steps=6, lambda_supp=1.5),
+        SafeCoDeConfig("paper", steps=3, refusal_tokens="phrase_trie"),
+        SafeCoDeConfig("verdict_only", steps="all", lambda_boost=3.0),
+    ]
+    verdicts = [Verdict("unsafe", 0.9), Verdict("safe", 0.2), Verdict("safe", 0.1), Verdict("unsafe", 0.8)]
+    arguments = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "eos_token_id": -1}
+
+    def run(rows: list[int]) -> torch.Tensor:
+        guidance = Guidance([configs[row] for row in rows], [True] * len(rows), TinyTrie())
+        generation = SteeredGeneration(
+            {key: value[rows] for key, value in clean.items()},
+            {key: value[rows] for key, value in noised.items()},
+            guidance,
+            verdict_source=lambda branches: [verdicts[row] for row in rows],
+            rng=rng,
+        )
+        return generation.generate(tiny.model, **arguments)
+
+    together = run([0, 1, 2, 3])
+    for row in range(4):
+        assert torch.equal(together[row : row + 1], run([row])), f"row {row}"
+    assert len({tuple(row) for row in together[:, -NEW_TOKENS:].tolist()}) > 1

@@ -26,25 +26,34 @@ ADAPTIVE = SafeCoDeConfig(contrast_weight=0.8, lambda_boost=30.0, lambda_supp=2.
 # ---- windows ----
 
 
-def test_a_fixed_window_is_a_number_of_steps_for_all_rows() -> None:
-    window = Window(3, [True, False])
+def test_a_fixed_window_is_a_number_of_steps() -> None:
+    window = Window([3, 3], [True, False])
     window.observe(0, 0, in_phrase=False, complete=True)
     assert [window.guides(step) for step in range(5)] == [True, True, True, False, False]
-    assert window.guided_rows() == [True, False]
-    assert Window("all", [True]).guides(10**9)
+    assert window.guided_rows(0) == [True, False]
+    assert Window(["all"], [True]).guides(10**9)
+
+
+def test_each_row_may_have_a_window_of_its_own() -> None:
+    window = Window([1, 3, "all"], [True, True, False])
+    assert [window.guided_rows(step) for step in range(4)] == [
+        [True, True, False], [False, True, False], [False, True, False], [False, False, False],
+    ]  # fmt: skip
+    assert not window.adaptive
+    assert Window([1, "adaptive"], [True, True]).adaptive
 
 
 def test_an_adaptive_window_ends_with_the_phrase() -> None:
-    window = Window("adaptive", [True, True, False])
+    window = Window(["adaptive"] * 3, [True, True, False])
     for step in range(9):
         window.observe(0, step, in_phrase=step < 7, complete=step == 7)
-        assert window.guided_rows()[0] == (step < 7)
+        assert window.guided_rows(step)[0] == (step < 7)
     assert window.guides(9), "the second row is still open"
-    assert not Window("adaptive", [False]).guides(0)
+    assert not Window(["adaptive"], [False]).guides(0)
 
 
 def test_an_adaptive_window_ends_when_the_answer_is_under_way() -> None:
-    window = Window("adaptive", [True])
+    window = Window(["adaptive"], [True])
     for step in range(ADAPTIVE_ANSWER_STEPS):
         assert window.guides(step)
         window.observe(0, step, in_phrase=False, complete=False)
@@ -52,16 +61,16 @@ def test_an_adaptive_window_ends_when_the_answer_is_under_way() -> None:
 
 
 def test_an_adaptive_window_ends_at_last() -> None:
-    window = Window("adaptive", [True])
+    window = Window(["adaptive"], [True])
     window.observe(0, ADAPTIVE_MAX_STEPS - 1, in_phrase=True, complete=False)
     assert window.guides(ADAPTIVE_MAX_STEPS - 1) and not window.guides(ADAPTIVE_MAX_STEPS)
 
 
 def test_rows_of_a_window_can_be_repeated() -> None:
-    window = Window("adaptive", [True, True])
+    window = Window(["adaptive"] * 2, [True, True])
     window.observe(1, 0, in_phrase=False, complete=True)
     window.expand(2)
-    assert window.guided_rows() == [True, True, False, False]
+    assert window.guided_rows(0) == [True, True, False, False]
 
 
 # ---- the loop ----

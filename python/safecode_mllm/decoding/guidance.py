@@ -23,18 +23,31 @@ class Guidance:
     """Steering state of R rows over one generation.
 
     Args:
-        config: the configuration, the same for all rows.
+        config: the configuration of all rows, or one per row; those of one generation agree in refusal_tokens,
+            refusal_style, reason_tokens and bias_decay.
         steered: for each row whether it is steered at all; the others decode as without this package.
         refusal: the refusal tokens; None when no verdict is used.
     """
 
-    def __init__(self, config: SafeCoDeConfig, steered: Sequence[bool], refusal: RefusalTokens | None = None):
-        self.config = config
+    def __init__(
+        self,
+        config: SafeCoDeConfig | Sequence[SafeCoDeConfig],
+        steered: Sequence[bool],
+        refusal: RefusalTokens | None = None,
+    ):
+        self.configs = [config] * len(steered) if isinstance(config, SafeCoDeConfig) else list(config)
+        if len(self.configs) != len(steered):
+            raise ValueError(f"config holds {len(self.configs)} configurations for {len(steered)} rows")
         self.steered = list(steered)
         self.refusal = refusal
         self.bias = [0.0] * len(self.steered)
         self.states = [NO_MASK] * len(self.steered)
-        self.window = Window(config.steps, self.steered)
+        self.window = Window([row.steps for row in self.configs], self.steered)
+
+    @property
+    def config(self) -> SafeCoDeConfig:
+        """A configuration with what all rows agree in."""
+        return self.configs[0]
 
     @property
     def rows(self) -> int:
@@ -44,7 +57,7 @@ class Guidance:
     @property
     def uses_contrast(self) -> bool:
         """Whether any row needs a noised branch."""
-        return self.config.uses_contrast and any(self.steered)
+        return any(row.uses_contrast and steered for row, steered in zip(self.configs, self.steered, strict=True))
 
     @property
     def changes_logits(self) -> bool:
@@ -53,7 +66,8 @@ class Guidance:
 
     @property
     def _cuts(self) -> bool:
-        return self.config.plausibility_beta > 0 and any(self.steered)
+        rows = zip(self.configs, self.steered, strict=True)
+        return any(row.plausibility_beta > 0 and steered for row, steered in rows)
 
     def set_verdicts(self, verdicts: Sequence[Verdict | None]) -> None:
         """Turn one verdict per row into its bias; None means no bias."""
@@ -61,42 +75,43 @@ class Guidance:
             raise ValueError(f"verdicts must hold one entry per row: got {len(verdicts)} for {self.rows} rows")
         for row, verdict in enumerate(verdicts):
             if verdict is not None and self.steered[row] and self.refusal is not None:
-                self.bias[row] = verdict_bias(verdict, self.config)
+                self.bias[row] = verdict_bias(verdict, self.configs[row])
                 self.states[row] = self.refusal.start if self.bias[row] else NO_MASK
 
     def expand(self, times: int) -> None:
         """Repeat each row `times` times in place ([A, B] becomes [A, A, B, B])."""
-        for name in ("steered", "bias", "states"):
+        for name in ("configs", "steered", "bias", "states"):
             setattr(self, name, [value for value in getattr(self, name) for _ in range(times)])
         self.window.expand(times)
 
-    def step_params(self, *, guided: bool, greedy: bool, warpers: dict[str, Any]) -> StepParams:
-        """Return the parameters of a decode step for all rows, inside or after the guided window."""
+    def step_params(self, step: int, *, guided: bool, greedy: bool, warpers: dict[str, Any]) -> StepParams:
+        """Return the parameters of decode step `step` for all rows; `guided` says whether any row is guided there."""
         if not guided:
             return StepParams(contrast_weight=0.0, plausibility_beta=0.0, greedy=greedy, **warpers)
-        scales = self.score_scales()
+        scales = self.score_scales(step)
         temperature = warpers.get("temperature", 1.0)
         warpers = dict(warpers, temperature=[temperature * scale for scale in scales])
         return StepParams(
-            contrast_weight=self._per_row(self.config.contrast_weight),
-            plausibility_beta=self.betas(),
-            refusal_bias=self._now([bias * scale for bias, scale in zip(self.bias, scales, strict=True)]),
-            bias_scope=self.config.bias_scope,
+            contrast_weight=self._now([row.contrast_weight for row in self.configs], step),
+            plausibility_beta=self.betas(step),
+            refusal_bias=self._now([bias * scale for bias, scale in zip(self.bias, scales, strict=True)], step),
+            bias_scope=[row.bias_scope for row in self.configs],
             greedy=greedy,
             **warpers,
         )
 
-    def score_scales(self) -> list[float]:
+    def score_scales(self, step: int) -> list[float]:
         """Return each row's factor 1 + a between our scores and the paper's, z - alpha n = [(1 + a) z - a n] / (1 + a).
 
-        It is 1 on the scale of the clean logits, and for a row that is not steered.
+        It is 1 on the scale of the clean logits, and for a row that is not guided at this step.
         """
-        scale = 1.0 + self.config.contrast_weight if self.config.contrast_scale == "paper" else 1.0
-        return [scale if guided else 1.0 for guided in self.window.guided_rows()]
+        scales = [1.0 + row.contrast_weight if row.contrast_scale == "paper" else 1.0 for row in self.configs]
+        guided = self.window.guided_rows(step)
+        return [scale if is_guided else 1.0 for scale, is_guided in zip(scales, guided, strict=True)]
 
-    def betas(self) -> list[float]:
-        """Return the plausibility beta of each row."""
-        return self._per_row(self.config.plausibility_beta)
+    def betas(self, step: int) -> list[float]:
+        """Return the plausibility beta of each row at a step."""
+        return self._now([row.plausibility_beta for row in self.configs], step)
 
     @property
     def watches(self) -> bool:
@@ -120,9 +135,7 @@ class Guidance:
                 self.states[row] = self.refusal.next_state(self.states[row], token)
             self.window.observe(row, step, in_phrase=self.states[row] not in (NO_MASK, ENDED), complete=complete)
 
-    def _per_row(self, value: float) -> list[float]:
-        return self._now([value] * self.rows)
-
-    def _now(self, values: Sequence[float]) -> list[float]:
-        """Return the values of the rows that are guided now, 0 for the others."""
-        return [value if guided else 0.0 for value, guided in zip(values, self.window.guided_rows(), strict=True)]
+    def _now(self, values: Sequence[float], step: int) -> list[float]:
+        """Return the values of the rows that are guided at a step, 0 for the others."""
+        guided = self.window.guided_rows(step)
+        return [value if is_guided else 0.0 for value, is_guided in zip(values, guided, strict=True)]

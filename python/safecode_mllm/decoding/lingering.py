@@ -40,7 +40,7 @@ class LingeringBias:
             self._masks = unpack_mask(guidance.refusal.masks, scores.shape[1]).to(scores.device)
             self._states = [NO_MASK] * guidance.rows
             self._bias = list(guidance.bias)
-        guided = guidance.window.guided_rows() if guidance.window.guides(step) else [False] * guidance.rows
+        guided = guidance.window.guided_rows(step)
         rows = [row for row, g in enumerate(guided) if not g and abs(self._bias[row]) * self._decay >= SMALLEST_BIAS]
         if not rows:
             return scores

@@ -217,7 +217,7 @@ class _Run:
         record = guided and self.request.record
         raw = clean.clone() if self.logits is not None or record else clean
         if guided:
-            self._ban_placeholders(clean)
+            self._ban_placeholders(clean, step)
         pick = self.picker.pick(ids, clean, noised, step, guided=guided)
         if self.logits is not None:
             self.logits.append(raw.float())
@@ -227,7 +227,7 @@ class _Run:
         if self.has_eos and self.pad is not None:
             tokens = tokens * self.unfinished + self.pad.to(tokens.device) * (1 - self.unfinished)
         if record:
-            alive, steered = self.unfinished.tolist(), self.guidance.window.guided_rows()
+            alive, steered = self.unfinished.tolist(), self.guidance.window.guided_rows(step)
             for row, token in enumerate(guided_tokens(pick.result, raw, self.processors.temperature())):
                 if alive[row] and steered[row]:
                     self.request.report.guided[row].append(token)
@@ -243,11 +243,11 @@ class _Run:
         self.finished_at = self.finished_at.masked_fill(just_ended, step + 1)
         self.unfinished = unfinished
 
-    def _ban_placeholders(self, clean: Tensor) -> None:
+    def _ban_placeholders(self, clean: Tensor, step: int) -> None:
         """A steered row must not write an image token: there is no image behind it."""
         if not len(self.banned) or not self.guidance.changes_logits:
             return
-        guided = tuple(self.guidance.window.guided_rows())
+        guided = tuple(self.guidance.window.guided_rows(step))
         if guided not in self._banned_rows:
             rows = [row for row, is_guided in enumerate(guided) if is_guided]
             self._banned_rows[guided] = torch.tensor(rows, dtype=torch.int64, device=clean.device)[:, None]

@@ -77,22 +77,22 @@ class TokenPicker:
         """Choose a token per row from clean and noised logits [R, V]; `ids` [R, L] holds everything so far."""
         if self.fused:
             mask_ids = self._mask_ids(clean.device) if guided else None
-            return Pick(self._step(clean, guided)(clean, noised, mask_id=mask_ids, step=step), None)
+            return Pick(self._step(clean, step, guided)(clean, noised, mask_id=mask_ids, step=step), None)
         if guided and self.guidance.changes_logits:
-            scores, status = self._guided_scores(ids, clean, noised)
+            scores, status = self._guided_scores(ids, clean, noised, step)
         else:
             scores = apply(self.processors.before, ids, clean.to(torch.float32, copy=True))
             status = _status_of(scores)
             scores = apply(self.processors.after, ids, scores)
         return Pick(self._choose(scores, status, step), scores)
 
-    def _guided_scores(self, ids: Tensor, clean: Tensor, noised: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _guided_scores(self, ids: Tensor, clean: Tensor, noised: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
         """Contrast, bias, processors, cut, warpers, in the order of the method."""
-        steered = self._step(clean, True).scores(clean, noised, mask_id=self._mask_ids(clean.device))
-        scales = torch.tensor(self.guidance.score_scales(), device=clean.device)
+        steered = self._step(clean, step, True).scores(clean, noised, mask_id=self._mask_ids(clean.device))
+        scales = torch.tensor(self.guidance.score_scales(step), device=clean.device)
         scores = apply(self.processors.before, ids, steered.scores / scales[:, None])
         allowed = scores > -torch.inf
-        beta = torch.tensor(self.guidance.betas(), device=clean.device)
+        beta = torch.tensor(self.guidance.betas(step), device=clean.device)
         keep = plausible(steered.biased_clean, allowed, beta)
         status = torch.where(steered.status != Status.OK, steered.status, _status_of(scores))
         return apply(self.processors.after, ids, cut(scores, keep)), status
@@ -111,11 +111,11 @@ class TokenPicker:
         kept = torch.isfinite(scores).sum(-1, dtype=torch.int32)
         return StepResult(token[:, 0], logprobs.gather(1, token)[:, 0], kept, status)
 
-    def _step(self, clean: Tensor, guided: bool) -> PreparedStep:
-        rows = tuple(self.guidance.window.guided_rows()) if guided else ()
+    def _step(self, clean: Tensor, step: int, guided: bool) -> PreparedStep:
+        rows = tuple(self.guidance.window.guided_rows(step)) if guided else ()
         if rows not in self._prepared:
             masks = self.guidance.masks() if guided else None
-            params = self.guidance.step_params(guided=guided, greedy=self.draws.greedy, warpers=self.warpers)
+            params = self.guidance.step_params(step, guided=guided, greedy=self.draws.greedy, warpers=self.warpers)
             self._prepared[rows] = prepare_step(
                 params,
                 batch=clean.shape[0],
