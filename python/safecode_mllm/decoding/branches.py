@@ -135,7 +135,7 @@ class Branches:
             input_ids=ids,
             attention_mask=torch.cat([visible, ids_mask], 1),
             position_ids=positions,
-            past_key_values=kv.fork(self.cache, index),
+            past_key_values=kv.fork(self.cache, list(rows)),
             **images,
         )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from safecode_mllm.errors import UnsupportedModelError
@@ -43,11 +45,24 @@ def select_rows(cache: Any, index: Tensor) -> None:
         layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
 
 
-def fork(cache: Any, index: Tensor) -> Any:
-    """Return an independent cache with the rows of `index`, int64 [R]; writing to it leaves the original alone."""
+def fork(cache: Any, rows: Sequence[int]) -> Any:
+    """Return an independent cache with some rows of another; the first write to it copies, and leaves the other alone.
+
+    Args:
+        cache: a DynamicCache.
+        rows: which of its rows, in order; one row however often is a view.
+    """
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
-    select_rows(forked, index)
+    if len(set(rows)) == 1:
+        row = rows[0]
+        for layer in _filled_layers(forked):
+            layer.keys = layer.keys[row : row + 1].expand(len(rows), -1, -1, -1)
+            layer.values = layer.values[row : row + 1].expand(len(rows), -1, -1, -1)
+    else:
+        for layer in _filled_layers(forked):
+            index = torch.tensor(rows, device=layer.keys.device)
+            layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
     return forked
 
 

@@ -153,18 +153,30 @@ class SelfJudge:
         captions: Sequence[str | None],
     ) -> list[Reading]:
         texts = [_questions(request, caption) for request, caption in zip(requests, captions, strict=True)]
-        per_order = [self._logits(branches, rows, requests, order) for order in zip(*texts, strict=True)]
+        per_order = self._logits(branches, rows, requests, list(zip(*texts, strict=True)))
         return read_letters(per_order, letter_ids(self._require_builder().tokenizer))
 
     def _logits(
-        self, branches: Branches, rows: Sequence[int], requests: Sequence[JudgeRequest], texts: Sequence[str]
-    ) -> Tensor:
-        """Logits [B, V] behind one question each, from the cache where the prompt's image is part of what is shared."""
+        self,
+        branches: Branches,
+        rows: Sequence[int],
+        requests: Sequence[JudgeRequest],
+        orders: Sequence[Sequence[str]],
+    ) -> Sequence[Tensor]:
+        """Logits [B, V] behind each order's questions, one per request.
+
+        Where the prompt's image is part of what is shared, one pass behind the prompt's cache answers all of them.
+        """
         builder = self._require_builder()
-        suffixes = [builder.judge_suffix(r.prompt, text) for r, text in zip(requests, texts, strict=True)]
+        suffixes = [
+            builder.judge_suffix(request.prompt, text)
+            for texts in orders
+            for request, text in zip(requests, texts, strict=True)
+        ]
         if all(suffix.shares_image for suffix in suffixes):
-            return branches.ask([s.ids for s in suffixes], [s.drop for s in suffixes], rows)
-        return self._separate_prefill(requests, texts)
+            asked = branches.ask([s.ids for s in suffixes], [s.drop for s in suffixes], [*rows] * len(orders))
+            return asked.split(len(requests))
+        return [self._separate_prefill(requests, texts) for texts in orders]
 
     def _separate_prefill(self, requests: Sequence[JudgeRequest], texts: Sequence[str]) -> Tensor:
         """The same question where the template puts the image behind the text: nothing can be shared."""
