@@ -52,6 +52,11 @@ class Case:
         return self.verdict == "unsafe" and self.model_type in ("llava", "qwen")
 
     @property
+    def depends_on_version(self) -> bool:
+        """Whether transformers 4, which decodes each id by itself, finds rubbish in Qwen's text and 5 does not."""
+        return self.model_type == "qwen" and "|" in "".join(self.more.get("refusal_prefixes", ()))
+
+    @property
     def name(self) -> str:
         """A name for the test that runs it."""
         parts = [self.model_type, self.verdict, self.hyperparameters, f"q{self.query}", f"p{self.picture}"]

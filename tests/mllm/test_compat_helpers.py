@@ -1,4 +1,4 @@
-"""The small published functions, each against its rule written out, and how verdicts are read."""
+"""The small published functions, each against its rule written out, and how pictures are read."""
 
 from __future__ import annotations
 
@@ -19,21 +19,6 @@ VOCAB = 902
 
 def logits(seed: int = 0) -> torch.Tensor:
     return 4 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize(
-    ("text", "label"),
-    [
-        ("safe", "safe"), ("unsafe", "unsafe"), ("unsafe.", "unsafe"), (" Unsafe\n", "unsafe"), ("SAFE!", "safe"),
-        ("Decision: unsafe", "unsafe"), ("The answer is safe.", "safe"), ("**unsafe**", "unsafe"),
-        ("not safe", "unsafe"), ("It isn't safe", "unsafe"), ("it isn\u2019t safe here", "unsafe"),
-        ("unsafe, the scene is not a safe one", "unsafe"), ("safe or unsafe", "unknown"),
-        ("Is it safe? It is unsafe", "unknown"), ("not unsafe", "unknown"), ("", "unknown"), ("maybe", "unknown"),
-        ("safety first", "unknown"), ("I'm sorry, I can't help with that.", "unknown"),
-    ],
-)  # fmt: skip
-def test_a_verdict_is_read_or_unknown(text: str, label: str) -> None:
-    assert compat.verdict_label(text) == label
 
 
 def test_noise_is_the_published_formula_and_uses_the_global_generator() -> None:

@@ -12,8 +12,10 @@ import torch
 from pipelines import picture
 from safecode_mllm import compat
 from safecode_mllm.compat import judging, loading
-from safecode_mllm.errors import ConfigError, ModelError, UnknownVerdictError
+from safecode_mllm.errors import ConfigError, JudgeError, ModelError, SafeCoDeError, UnknownVerdictError
 from safecode_mllm.judges import FixedJudge, Verdict
+from safecode_mllm.judges.hf_models import JudgeModel
+from safecode_mllm.judges.protocol import failed
 from tiny_models import tiny_chat_model
 
 
@@ -58,6 +60,20 @@ def test_an_unreadable_reply_is_no_verdict(path: Path) -> None:
         compat.prepare_caption_and_verdict(path, "hi")
 
 
+def test_a_judge_that_failed_gave_no_verdict(path: Path) -> None:
+    compat.set_judge(Saying(failed("saying", "no connection")))
+    with pytest.raises(JudgeError, match="no connection"):
+        compat.prepare_caption_and_verdict(path, "hi")
+
+
+def test_the_endpoint_asks_for_its_key_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(SafeCoDeError, match=r"OPENAI_API_KEY|openai is not installed"):
+        compat.set_judge("gpt4o")
+    compat.set_judge("unsafe")
+    assert compat.get_judge() == "unsafe"
+
+
 def test_unknown_judges_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"judge='gpt5'.*gpt4o"):
         compat.set_judge("gpt5")
@@ -68,17 +84,17 @@ def test_unknown_judges_are_refused() -> None:
 def test_the_local_judge_is_loaded_once_at_the_first_question(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
 
-    def load(name: str) -> Any:
+    def load(name: str, **_: Any) -> Any:
         loaded.append(name)
-        return tiny_chat_model("qwen3_vl")
+        return JudgeModel(*tiny_chat_model("qwen3_vl"), sees=True)
 
-    monkeypatch.setattr("safecode_mllm.loading.load_model", load)
-    monkeypatch.setattr("safecode_mllm.judges.self_judge.MIN_LETTER_MASS", 0.0)
+    monkeypatch.setattr("safecode_mllm.judges.local.load_judge_model", load)
+    monkeypatch.setattr("safecode_mllm.judges.letters.MIN_LETTER_MASS", 0.0)
     compat.set_judge("qwen")
     assert (compat.get_judge(), loaded) == ("qwen", [])
     first = compat.prepare_caption_and_verdict(path, "hi")
     assert first == compat.prepare_caption_and_verdict(path, "hi")
-    assert first[0] == "" and first[1] in ("safe", "unsafe")
+    assert first[0] and first[1] in ("safe", "unsafe")
     assert loaded == [judging.QWEN_JUDGE_MODEL]
     compat.prepare_caption_and_verdict_qwen(path, "hi", model_repo="another/model")
     assert loaded == [judging.QWEN_JUDGE_MODEL, "another/model"]

@@ -30,7 +30,6 @@ with optional_imports():
     )
     from safecode_mllm.compat.loading import load_model
     from safecode_mllm.compat.noise import apply_gaussian_noise
-    from safecode_mllm.compat.verdicts import verdict_label
     from safecode_mllm.compat.visual_contrast import add_diffusion_noise, vcd, vcd_generate
 
 __all__ = [
@@ -52,5 +51,4 @@ __all__ = [
     "uninstall",
     "vcd",
     "vcd_generate",
-    "verdict_label",
 ]

@@ -7,8 +7,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from safecode_mllm.compat.decode import OnUnknown
 from safecode_mllm.compat.installing import install
-from safecode_mllm.compat.verdicts import OnUnknown
 from safecode_mllm.errors import SafeCoDeError
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -25,10 +25,13 @@ from safecode_mllm.compat.guided import (
 from safecode_mllm.compat.model_types import ANSWER_MARKS, DEFAULT_MODEL_TYPE, Inputs, ModelType
 from safecode_mllm.compat.model_types import model_type as published_type
 from safecode_mllm.compat.noise import open_picture
-from safecode_mllm.compat.verdicts import OnUnknown, verdict_label
 from safecode_mllm.errors import ConfigError, ImageError, UnknownVerdictError
+from safecode_mllm.judges.parsing import read_label
 
 logger = logging.getLogger(__name__)
+
+# What a verdict that cannot be read means. The published code takes it for "safe".
+OnUnknown = Literal["raise", "treat_as_unsafe"]
 
 # Guided text with one of these is taken for rubbish and decoding starts again; this one spoils even its first token.
 _CORRUPTION_MARKS = ("|", "$", "MS")
@@ -180,7 +183,7 @@ def _plan(kind: ModelType, verdict: str, max_steps: int, strict: bool, on_unknow
 
 
 def _is_unsafe(verdict: str, on_unknown: OnUnknown) -> bool:
-    label = verdict_label(verdict)
+    label = read_label(verdict)
     if label != "unknown":
         return label == "unsafe"
     if on_unknown == "treat_as_unsafe":

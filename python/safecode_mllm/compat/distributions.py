@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safecode_mllm.compat.verdicts import verdict_label
+from safecode_mllm.judges.parsing import read_label
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def apply_gpt_guided_modulation(
 
     Source: the published code of SafeCoDe.
     """
-    shift = {"safe": -lambda_supp, "unsafe": lambda_boost}.get(verdict_label(verdict), 0.0)
+    shift = {"safe": -lambda_supp, "unsafe": lambda_boost}.get(read_label(verdict), 0.0)
     openings = tuple(prefix.lower() for prefix in refusal_prefixes)
     tokens = [int(token) for token in topk_indices if tokenizer.decode(token).lower().startswith(openings)]
     modulated = logits.clone()
@@ -100,7 +100,7 @@ def reweight_and_renormalize_probs(
     Source: the published code of SafeCoDe.
     """
     probabilities = torch.softmax(logits, dim=0)
-    factor = {"unsafe": 1 + beta, "safe": 1 - beta}.get(verdict_label(verdict), 1.0)
+    factor = {"unsafe": 1 + beta, "safe": 1 - beta}.get(read_label(verdict), 1.0)
     refusing = set(refusal_token_ids)
     best = torch.topk(probabilities, min(top_k, len(probabilities))).indices.tolist()
     tokens = [token for token in best if token in refusing]

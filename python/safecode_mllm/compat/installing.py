@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from safecode_mllm.compat import decode, distributions, judging, loading, noise
-from safecode_mllm.compat.verdicts import OnUnknown
+from safecode_mllm.compat.decode import OnUnknown
 from safecode_mllm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
