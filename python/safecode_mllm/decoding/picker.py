@@ -61,7 +61,8 @@ class TokenPicker:
         self.backend = backend
         warpers = processors.fused_parameters()
         self.warpers = warpers or {}
-        self.fused = draws.rng == "philox" and warpers is not None and not want_scores
+        # Greedy rows draw nothing, so there it does not matter who would.
+        self.fused = (draws.rng == "philox" or draws.greedy) and warpers is not None and not want_scores
         # Which rows are guided may change from step to step, and with it the parameters.
         self._prepared: dict[tuple[bool, ...], PreparedStep] = {}
 
@@ -69,7 +70,7 @@ class TokenPicker:
         """Say in a sentence how steps turn logits into tokens."""
         if self.fused:
             return "fused decode step"
-        if self.draws.rng == "torch":
+        if self.draws.rng == "torch" and not self.draws.greedy:
             return "scores mode: rng='torch' draws as stock sampling does"
         return "scores mode: the processor list or output_scores needs full scores"
 
