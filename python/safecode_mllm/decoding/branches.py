@@ -23,6 +23,14 @@ class Branches:
         clean: processor output; `input_ids` and `attention_mask` int64 [B, L], left padded, plus the image keys.
         noised: the same with noised pixels, or None to run the clean branch alone.
         cache: an empty KV cache that the branches own from now on.
+
+    Attributes:
+        rows: R; num_return_sequences times the requests, after `expand`.
+        copies: 2 while the noised rows run, else 1.
+        mask: int64 [copies * R, columns], which columns are no padding.
+        next_positions: positions of the next column, int64 [R, 1] or [3, R, 1].
+        row_dim: their dimension of rows.
+        images: what the text attends to beside the cache; None for most families.
     """
 
     def __init__(self, model: Any, clean: Mapping[str, Tensor], noised: Mapping[str, Tensor] | None, cache: Any):
@@ -33,14 +41,14 @@ class Branches:
         self.rows = clean["input_ids"].shape[0]
         self.copies = 1 if noised is None else 2
         self._inputs = dict(clean) if noised is None else _stack(clean, noised)
-        self._images: ImageStates | None = None
+        self.images: ImageStates | None = None
         positions = prompt_positions(model, clean)
         self._prompt_mask = clean["attention_mask"]
-        self._mask = torch.cat([self._prompt_mask] * self.copies)
-        self._row_dim = positions.ndim - 2
-        self._positions = torch.cat([positions] * self.copies, self._row_dim)
+        self.mask = torch.cat([self._prompt_mask] * self.copies)
+        self.row_dim = positions.ndim - 2
+        self._positions = torch.cat([positions] * self.copies, self.row_dim)
         # The last column of a left-padded prompt is always text, where all position axes agree.
-        self._next = positions[..., -1:] + 1
+        self.next_positions = positions[..., -1:] + 1
 
     @property
     def has_noised(self) -> bool:
@@ -49,8 +57,8 @@ class Branches:
 
     def prefill(self) -> tuple[Tensor, Tensor | None]:
         """Process the prompt of both branches in one pass; returns clean and noised logits [R, V]."""
-        inputs = dict(self._inputs, attention_mask=self._mask, position_ids=self._positions)
-        logits, self._images = prefill(self.model, past_key_values=self.cache, **inputs)
+        inputs = dict(self._inputs, attention_mask=self.mask, position_ids=self._positions)
+        logits, self.images = prefill(self.model, past_key_values=self.cache, **inputs)
         self._inputs = {}  # the pixels are not needed again
         return self._split(logits)
 
@@ -65,44 +73,44 @@ class Branches:
         tokens = tokens if tokens.ndim == 2 else tokens[:, None]
         columns = tokens.shape[1]
         cached = kv.cached_length(self.cache)
-        self._mask = torch.cat([self._mask, self._mask.new_ones(self._mask.shape[0], columns)], 1)
-        positions = self._next + torch.arange(columns, device=self._next.device)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], columns)], 1)
+        positions = self.next_positions + torch.arange(columns, device=self.next_positions.device)
         logits = forward(
             self.decoder,
             cached=cached,
             input_ids=tokens.repeat(self.copies, 1),
-            attention_mask=self._mask,
-            position_ids=torch.cat([positions] * self.copies, self._row_dim),
+            attention_mask=self.mask,
+            position_ids=torch.cat([positions] * self.copies, self.row_dim),
             past_key_values=self.cache,
             **self._image_arguments(columns, visible),
         )
-        self._next = self._next + columns
+        self.next_positions = self.next_positions + columns
         return self._split(logits)
 
     def rewind(self, columns: int) -> None:
         """Forget the last `columns` columns of every branch, int >= 0; they must be text without padding."""
         kept = kv.cached_length(self.cache) - columns
         kv.keep_first_columns(self.cache, kept)
-        self._mask = self._mask[:, :kept]
-        self._next = self._next - columns
+        self.mask = self.mask[:, :kept]
+        self.next_positions = self.next_positions - columns
 
     def drop_noised(self) -> None:
         """Go on with the clean rows only."""
         if self.has_noised:
             kv.keep_first_rows(self.cache, self.rows)
-            self._mask = self._mask[: self.rows]
-            self._images = self._images and self._images.rows(slice(self.rows))
+            self.mask = self.mask[: self.rows]
+            self.images = self.images and self.images.rows(slice(self.rows))
             self.copies = 1
 
     def expand(self, times: int) -> None:
         """Repeat each row `times` times in place ([A, B] becomes [A, A, B, B]), after the prefill."""
         if times == 1:
             return
-        index = torch.arange(self.copies * self.rows, device=self._mask.device).repeat_interleave(times)
+        index = torch.arange(self.copies * self.rows, device=self.mask.device).repeat_interleave(times)
         kv.select_rows(self.cache, index)
-        self._mask = self._mask[index]
-        self._images = self._images and self._images.rows(index)
-        self._next = self._next.repeat_interleave(times, self._row_dim)
+        self.mask = self.mask[index]
+        self.images = self.images and self.images.rows(index)
+        self.next_positions = self.next_positions.repeat_interleave(times, self.row_dim)
         self.rows *= times
 
     def ask(self, suffixes: Sequence[Sequence[int]], hidden: Sequence[int], rows: Sequence[int]) -> Tensor:
@@ -118,7 +126,7 @@ class Branches:
         Returns:
             logits [Q, V] after the last token of each suffix.
         """
-        device = self._mask.device
+        device = self.mask.device
         index = torch.tensor(list(rows), device=device)
         length = self._prompt_mask.shape[1]
         columns = torch.arange(length, device=device)
@@ -126,9 +134,9 @@ class Branches:
         visible = self._prompt_mask[index] * (columns < (length - hidden_columns)[:, None])
         ids, ids_mask = _left_pad(suffixes, device)
         # Suffixes are all text: positions go on from the last visible column, the same on every axis.
-        start = (self._next[..., 0].index_select(-1, index) - hidden_columns)[..., None]
+        start = (self.next_positions[..., 0].index_select(-1, index) - hidden_columns)[..., None]
         positions = start + (ids_mask.cumsum(-1) - 1).clamp_min(0)
-        images = self._images.rows(index).arguments(ids.shape[1]) if self._images else {}
+        images = self.images.rows(index).arguments(ids.shape[1]) if self.images else {}
         return forward(
             self.decoder,
             cached=length,
@@ -140,13 +148,13 @@ class Branches:
         )
 
     def _image_arguments(self, columns: int, visible: Tensor | None) -> dict[str, Tensor]:
-        if self._images is None:
+        if self.images is None:
             return {}
         if visible is None:
-            return self._images.arguments(columns)
+            return self.images.arguments(columns)
         visible = visible.repeat(self.copies, 1, 1)
-        self._images = self._images.seeing(visible[:, -1:])
-        return {**self._images.arguments(columns), "image_attention_mask": visible}
+        self.images = self.images.seeing(visible[:, -1:])
+        return {**self.images.arguments(columns), "image_attention_mask": visible}
 
     def _split(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         return logits[: self.rows], logits[self.rows :] if self.has_noised else None

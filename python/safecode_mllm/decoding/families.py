@@ -176,12 +176,13 @@ def prefill(model: Any, **inputs: Any) -> tuple[Tensor, ImageStates | None]:
     return output.logits[:, -1], ImageStates(argument, output.image_hidden_states, visible)
 
 
-def forward(decoder: Any, *, cached: int, **inputs: Any) -> Tensor:
+def forward(decoder: Any, *, cached: int | Tensor, **inputs: Any) -> Tensor:
     """Run one forward pass behind the prompt's, over a KV cache, and return the logits of the last position.
 
     Args:
         decoder: as `decoder_of` returns it.
-        cached: number of positions already in the cache (transformers 4 wants to be told).
+        cached: number of positions already in the cache, or the place of the one new column, int64 [1] (transformers 4
+            wants to be told).
         inputs: arguments of the decoder's `forward`.
 
     Returns:
@@ -190,13 +191,15 @@ def forward(decoder: Any, *, cached: int, **inputs: Any) -> Tensor:
     return _run(decoder, decoder, cached, inputs).logits[:, -1]
 
 
-def _run(module: Any, taker: Any, cached: int, inputs: dict[str, Any]) -> Any:
+def _run(module: Any, taker: Any, cached: int | Tensor, inputs: dict[str, Any]) -> Any:
     taker_class: Any = type(taker)
     accepted = forward_parameters(taker_class)
     # transformers 4 lists cache_position in every multimodal forward; version 5 removed it.
     if "cache_position" in accepted:
         ids = inputs["input_ids"]
-        inputs["cache_position"] = torch.arange(cached, cached + ids.shape[1], device=ids.device)
+        if not isinstance(cached, Tensor):
+            cached = torch.arange(cached, cached + ids.shape[1], device=ids.device)
+        inputs["cache_position"] = cached
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = 1
     return module(use_cache=True, return_dict=True, **inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,60 @@ def check_cache(cache: Any) -> None:
     name = type(cache).__name__
     if name != "DynamicCache":
         raise UnsupportedModelError(
-            f"cache class {name} is not supported by steered decoding; "
-            "leave cache_implementation and past_key_values unset"
+            f"cache class {name} is not supported by steered decoding; leave past_key_values unset, and "
+            "cache_implementation unset or 'static'"
         )
+
+
+def empty_cache(given: Any) -> tuple[Any, bool]:
+    """Return the cache to prefill into, and whether the decode phase is to have one of fixed size.
+
+    Args:
+        given: what `generate()` prepared. A StaticCache says what was asked for and is not used itself: transformers 4
+            keeps it for the model's next call.
+    """
+    from transformers import DynamicCache
+
+    if type(given).__name__ == "StaticCache":
+        return DynamicCache(), True
+    check_cache(given)
+    return given, False
+
+
+def static_obstacle(decoder: Any) -> str | None:
+    """Return why a model's cache cannot be of fixed size, in a sentence; None if it can."""
+    from transformers import StaticCache
+
+    layers = StaticCache(config=decoder.config.get_text_config(decoder=True), max_cache_len=1).layers
+    if any(getattr(layer, "is_sliding", False) for layer in layers):
+        return "it has layers with a sliding window, whose fixed cache moves its contents at every step"
+    return None
+
+
+def to_static(cache: Any, decoder: Any, length: int) -> Any:
+    """Move a filled DynamicCache into a cache of `length` columns, layer by layer, and return that.
+
+    Raises:
+        UnsupportedModelError: see static_obstacle.
+    """
+    from transformers import StaticCache
+
+    if obstacle := static_obstacle(decoder):
+        raise UnsupportedModelError(f"cache_implementation='static' is not supported by this model: {obstacle}")
+    static = StaticCache(config=decoder.config.get_text_config(decoder=True), max_cache_len=length)
+    layers: list[tuple[Any, Any]] = list(zip(static.layers, cache.layers, strict=True))
+    for target, source in layers:
+        columns = source.keys.shape[2]
+        states = (source.keys, source.values)
+        # transformers 4 asks for the keys only.
+        wanted = len(inspect.signature(target.lazy_initialization).parameters)
+        target.lazy_initialization(*states[:wanted])
+        target.keys[:, :, :columns].copy_(source.keys)
+        target.values[:, :, :columns].copy_(source.values)
+        if hasattr(target, "cumulative_length"):
+            target.cumulative_length.fill_(columns)
+        source.keys = source.values = None
+    return static
 
 
 def cached_length(cache: Any) -> int:

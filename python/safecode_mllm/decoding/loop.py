@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safecode_mllm.decoding import kv
 from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.families import decoder_of, placeholder_ids
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.picker import Draws, Pick, Rng, TokenPicker
 from safecode_mllm.decoding.processors import split_processors
 from safecode_mllm.decoding.record import GenerationReport, RowStatus, guided_tokens
+from safecode_mllm.decoding.static import StaticBranches
 from safecode_mllm.errors import DecodeError, UnsupportedModelError
 from safecode_mllm.judges.protocol import Verdict
 
@@ -99,7 +101,8 @@ class SteeredGeneration:
         check_mode(vars(generation_config))
         model = model if self._whole_model is None else self._whole_model
         started = time.perf_counter()
-        branches = Branches(model, self.clean, self._noised_if_needed(), model_kwargs["past_key_values"])
+        cache, fixed = kv.empty_cache(model_kwargs["past_key_values"])
+        branches = Branches(model, self.clean, self._noised_if_needed(), cache)
         clean, noised = branches.prefill()
         started = self.report.timed("prefill", started)
         times = input_ids.shape[0] // branches.rows
@@ -109,9 +112,16 @@ class SteeredGeneration:
         self.guidance.expand(times)
         clean = clean.repeat_interleave(times, 0)
         noised = None if noised is None else noised.repeat_interleave(times, 0)
-        run = _Run(self, model, branches, generation_config, logits_processor, stopping_criteria, times)
+        decoding = self._fixed(branches, generation_config.max_length) if fixed else branches
+        run = _Run(self, model, decoding, generation_config, logits_processor, stopping_criteria, times)
         run.end_rows(failed)
         return run.decode(input_ids, clean, noised)
+
+    def _fixed(self, branches: Branches, columns: int) -> Branches | StaticBranches:
+        """Return the branches over a cache of fixed size, or as they are where the model cannot have one."""
+        obstacle = kv.static_obstacle(branches.decoder)
+        self.report.notes["cache"] = f"not of fixed size: {obstacle}" if obstacle else "of fixed size"
+        return branches if obstacle else StaticBranches(branches, columns)
 
     def _noised_if_needed(self) -> Mapping[str, Tensor] | None:
         needed = self.guidance.uses_contrast or self.force_branches
@@ -147,7 +157,7 @@ class _Run:
         self,
         request: SteeredGeneration,
         model: Any,
-        branches: Branches,
+        branches: Branches | StaticBranches,
         generation_config: Any,
         logits_processor: Any,
         stopping_criteria: Any,
