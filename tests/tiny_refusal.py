@@ -25,6 +25,12 @@ class TinyTrie:
         prefix = self._prefixes[state]
         return sorted({phrase[len(prefix)] for phrase in self.phrases if phrase[: len(prefix)] == prefix})
 
+    @property
+    def transitions(self) -> tuple[dict[int, int], ...]:
+        return tuple(
+            {token: self.next_state(state, token) for token in self.allowed(state)} for state in range(len(self._prefixes))
+        )
+
     def next_state(self, state: int, token: int) -> int:
         return self._state.get((*self._prefixes[state], token), -1)
 

@@ -226,7 +226,6 @@ def test_return_sequences_draw_from_streams_of_their_own() -> None:
         (dict(num_beams=3), "num_beams=3"),
         (dict(prompt_lookup_num_tokens=1), "prompt_lookup_num_tokens=1"),
         (dict(prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens=3"),
-        (dict(cache_implementation="static"), "StaticCache"),
         (dict(assistant_model=BEST), "assistant_model"),
     ],
 )

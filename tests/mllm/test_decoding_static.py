@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteriaList
 
 from safecode_mllm.config import SafeCoDeConfig
+from safecode_mllm.decoding import kv
 from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.loop import SteeredGeneration
 from safecode_mllm.decoding.static import LENGTH_STEP, StaticBranches, static_length
+from safecode_mllm.errors import JudgeError, UnsupportedModelError
 from safecode_mllm.judges.protocol import Verdict
 from tiny_models import FAMILY_NAMES, TinyModel, noised_copy, tiny_model
 from tiny_refusal import TinyTrie
@@ -54,7 +56,117 @@ def test_equals_the_growing_cache(name: str, rng: Any, mode: str) -> None:
     wanted, _ = generate(tiny, clean, rng, **MODES[mode])
     ours, report = generate(tiny, clean, rng, cache_implementation="static", **MODES[mode])
     assert report.notes["cache"] == "of fixed size"
+    stays = "processor" not in mode and (mode == "greedy" or rng == "philox")
+    assert report.notes["steps"].startswith("on the device" if stays else "looked at one by one")
     assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("steps", [2, 5, "all"])
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_steps_on_the_device_leave_the_same_record(steps: Any, sampled: bool) -> None:
+    tiny = model_of("llava")
+    clean = tiny.prompts(2, extra=(0, 3))
+
+    def run(**arguments: Any) -> tuple[torch.Tensor, Any]:
+        guidance = Guidance([CONFIG.replace(steps=steps), CONFIG], [True, True], TinyTrie())
+        generation = SteeredGeneration(
+            clean, noised_copy(clean), guidance, lambda branches: VERDICTS, rng="philox", seeds=[3, 4], record=True
+        )
+        return generation.generate(tiny.model, max_new_tokens=NEW_TOKENS, do_sample=sampled, **arguments), generation
+
+    (wanted, theirs), (ours, mine) = run(), run(cache_implementation="static")
+    assert torch.equal(ours, wanted)
+    assert mine.report.lengths == theirs.report.lengths
+    for expected, found in zip(theirs.report.guided, mine.report.guided, strict=True):
+        assert [(t.token_id, t.n_kept) for t in found] == [(t.token_id, t.n_kept) for t in expected]
+        for name in ("p_steered", "p_plain"):
+            assert [getattr(t, name) for t in found] == pytest.approx([getattr(t, name) for t in expected], abs=SCORE_TOLERANCE)
+
+
+class Collect:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seen.append(value.tolist())
+
+    def end(self) -> None:
+        self.seen.append("end")
+
+
+def test_steps_on_the_device_feed_streamers_and_stop_where_criteria_say() -> None:
+    tiny = model_of("qwen2_5_vl")
+    clean = tiny.prompts(1)
+    prompt = clean["input_ids"].shape[1]
+
+    def stop(ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        return torch.full((len(ids),), ids.shape[1] >= prompt + 4)
+
+    def run(**arguments: Any) -> tuple[torch.Tensor, Collect]:
+        collect = Collect()
+        guidance = Guidance(CONFIG, [True], TinyTrie())
+        generation = SteeredGeneration(
+            clean, noised_copy(clean), guidance, lambda branches: VERDICTS[:1], streamer=collect
+        )
+        criteria = StoppingCriteriaList([stop])
+        return generation.generate(tiny.model, max_new_tokens=9, stopping_criteria=criteria, **arguments), collect
+
+    (wanted, theirs), (ours, mine) = run(), run(cache_implementation="static")
+    assert torch.equal(ours, wanted) and ours.shape[1] == prompt + 4
+    assert mine.seen == theirs.seen
+
+
+def test_rows_end_at_their_end_token_and_get_padding() -> None:
+    tiny = model_of("llava")
+    clean = tiny.prompts(2, extra=(0, 3))
+    free, _ = generate(tiny, clean, "philox")
+    prompt = clean["input_ids"].shape[1]
+    end = int(free[0, prompt + 3])  # what the first row writes fourth
+    wanted, theirs = generate(tiny, clean, "philox", eos_token_id=end)
+    ours, mine = generate(tiny, clean, "philox", eos_token_id=end, cache_implementation="static")
+    assert torch.equal(ours, wanted)
+    assert mine.lengths == theirs.lengths and mine.lengths[0] == 4
+    assert (ours[0, prompt + 4 :] == tiny.model.generation_config.pad_token_id).all()
+
+
+def test_a_row_that_fails_is_named_and_the_other_finishes() -> None:
+    tiny = tiny_model("llava")
+    clean = tiny.prompts(2, extra=(0, 3))
+    calls = []
+
+    def spoil(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            output[0] = torch.nan
+        return output
+
+    wanted, _ = generate(tiny, clean, "philox")
+    hook = tiny.model.get_output_embeddings().register_forward_hook(spoil)
+    try:
+        guidance = Guidance(CONFIG, [True, True], TinyTrie())
+        generation = SteeredGeneration(
+            clean, noised_copy(clean), guidance, lambda branches: VERDICTS, raise_row_errors=False
+        )
+        ours = generation.generate(tiny.model, max_new_tokens=NEW_TOKENS, cache_implementation="static")
+    finally:
+        hook.remove()
+    assert list(generation.report.row_errors) == [0]
+    assert "row 0, step 3: a clean logit is NaN" in str(generation.report.row_errors[0])
+    assert torch.equal(ours[1], wanted[1])
+
+
+def test_a_judge_that_fails_on_every_row_writes_nothing() -> None:
+    tiny = model_of("llava")
+    clean = tiny.prompts(2)
+    generation = SteeredGeneration(
+        clean, noised_copy(clean), Guidance(CONFIG, [True, True], TinyTrie()),
+        lambda branches: [JudgeError("gone")] * 2, raise_row_errors=False,
+    )  # fmt: skip
+    ours = generation.generate(tiny.model, max_new_tokens=NEW_TOKENS, cache_implementation="static")
+    assert ours.shape == clean["input_ids"].shape
+    assert generation.report.lengths == [0, 0]
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
@@ -90,6 +202,11 @@ def test_buffers_never_move(name: str) -> None:
             fixed.step(torch.tensor([20, 21]))
         assert addresses() == before
     assert {layer.keys.shape[0] for layer in fixed.cache.layers} == {2}
+
+
+def test_other_caches_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="cache class list is not supported"):
+        kv.empty_cache([])
 
 
 def test_lengths_are_rounded_up_so_that_steps_have_few_shapes() -> None:

@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safecode_mllm.decoding import kv
+from safecode_mllm.decoding import device_loop, kv
 from safecode_mllm.decoding.branches import Branches
-from safecode_mllm.decoding.families import decoder_of, placeholder_ids
+from safecode_mllm.decoding.device_loop import DeviceLoop
+from safecode_mllm.decoding.families import decoder_of
 from safecode_mllm.decoding.guidance import Guidance
-from safecode_mllm.decoding.picker import Draws, Pick, Rng, TokenPicker
-from safecode_mllm.decoding.processors import split_processors
-from safecode_mllm.decoding.record import GenerationReport, RowStatus, guided_tokens
+from safecode_mllm.decoding.host_loop import HostLoop
+from safecode_mllm.decoding.picker import Rng, TokenPicker
+from safecode_mllm.decoding.processors import ProcessorSplit, split_processors
+from safecode_mllm.decoding.record import GenerationReport
+from safecode_mllm.decoding.run import Run, make_draws
 from safecode_mllm.decoding.static import StaticBranches
-from safecode_mllm.errors import DecodeError, UnsupportedModelError
+from safecode_mllm.errors import UnsupportedModelError
 from safecode_mllm.judges.protocol import Verdict
 
 # One verdict per request, None for no bias, or an error that ends the request's rows.
@@ -112,10 +115,38 @@ class SteeredGeneration:
         self.guidance.expand(times)
         clean = clean.repeat_interleave(times, 0)
         noised = None if noised is None else noised.repeat_interleave(times, 0)
-        decoding = self._fixed(branches, generation_config.max_length) if fixed else branches
-        run = _Run(self, model, decoding, generation_config, logits_processor, stopping_criteria, times)
-        run.end_rows(failed)
-        return run.decode(input_ids, clean, noised)
+        loop = self._loop(
+            Run(
+                self,
+                model,
+                self._fixed(branches, generation_config.max_length) if fixed else branches,
+                generation_config,
+                stopping_criteria,
+                processors := split_processors(logits_processor),
+                self._picker(processors, generation_config, times),
+            )
+        )
+        loop.end_rows(failed)
+        return loop.decode(input_ids, clean, noised)
+
+    def _picker(self, processors: ProcessorSplit, generation_config: Any, times: int) -> TokenPicker:
+        picker = TokenPicker(
+            self.guidance,
+            processors,
+            make_draws(self, times, greedy=not generation_config.do_sample),
+            want_scores=bool(generation_config.return_dict_in_generate and generation_config.output_scores),
+            backend=self.backend,
+        )
+        self.report.notes["decode_step"] = picker.explain()
+        return picker
+
+    def _loop(self, run: Run) -> HostLoop | DeviceLoop:
+        """Return the loop for a run: steps that stay on the device where nothing has to look at them."""
+        obstacle = device_loop.obstacle(run)
+        if obstacle is None:
+            return DeviceLoop(run)
+        self.report.notes["steps"] = f"looked at one by one: {obstacle}"
+        return HostLoop(run)
 
     def _fixed(self, branches: Branches, columns: int) -> Branches | StaticBranches:
         """Return the branches over a cache of fixed size, or as they are where the model cannot have one."""
@@ -148,149 +179,6 @@ class SteeredGeneration:
             raise ValueError("stop_strings needs a tokenizer: pass tokenizer=... to SteeredGeneration")
         given = list(generate_kwargs.get("stopping_criteria") or [])
         return StoppingCriteriaList([*given, StopStringCriteria(self.tokenizer, stop_strings)])
-
-
-class _Run:
-    """The state of one decoding loop over R = B * num_return_sequences rows."""
-
-    def __init__(
-        self,
-        request: SteeredGeneration,
-        model: Any,
-        branches: Branches | StaticBranches,
-        generation_config: Any,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        times: int,
-    ):
-        self.request = request
-        self.guidance = request.guidance
-        self.branches = branches
-        self.criteria = stopping_criteria
-        self.pad = generation_config._pad_token_tensor
-        self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        returns_dict = generation_config.return_dict_in_generate
-        self.scores: list[Tensor] | None = [] if returns_dict and generation_config.output_scores else None
-        self.logits: list[Tensor] | None = [] if returns_dict and generation_config.output_logits else None
-        self.returns_dict = returns_dict
-        processors = split_processors(logits_processor)
-        self.processors = processors
-        self.picker = TokenPicker(
-            self.guidance,
-            processors,
-            self._draws(times, greedy=not generation_config.do_sample),
-            want_scores=self.scores is not None,
-            backend=request.backend,
-        )
-        request.report.notes["decode_step"] = self.picker.explain()
-        rows, device = self.guidance.rows, request.clean["input_ids"].device
-        request.report.guided = [[] for _ in range(rows)]
-        self.unfinished = torch.ones(rows, dtype=torch.long, device=device)
-        self.finished_at = torch.full((rows,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
-        self.status = RowStatus(rows, device)
-        self.banned = torch.tensor(placeholder_ids(model), dtype=torch.int64, device=device)
-        self._banned_rows: dict[tuple[bool, ...], Tensor] = {}
-
-    def end_rows(self, rows: Sequence[int]) -> None:
-        """End rows before their first token."""
-        if rows:
-            self.unfinished[rows] = 0
-            self.finished_at[rows] = 0
-
-    def decode(self, ids: Tensor, clean: Tensor, noised: Tensor | None) -> Any:
-        """Pick and feed tokens until every row has ended; `clean`, `noised` [R, V] follow the prompt `ids` [R, L]."""
-        streamer, report = self.request.streamer, self.request.report
-        if streamer is not None:
-            streamer.put(ids.cpu())
-        step, started = 0, time.perf_counter()
-        # Every row may have ended before its first token, when a judge failed on it.
-        while self.unfinished.any():
-            guided = self.guidance.window.guides(step)
-            if step > 0:
-                if not guided:
-                    self.branches.drop_noised()
-                clean, noised = self.branches.step(ids[:, -1])
-            tokens, pick = self._pick(ids, clean, noised, step, guided)
-            ids = torch.cat([ids, tokens[:, None]], 1)
-            if streamer is not None:
-                streamer.put(tokens.cpu())
-            self._end_finished_rows(ids, pick, step)
-            step += 1
-            started = report.timed("guided" if guided else "free", started)
-        if streamer is not None:
-            streamer.end()
-        report.lengths = self.finished_at.clamp(max=step).tolist()
-        self._report_row_errors()
-        return self._output(ids)
-
-    def _pick(self, ids: Tensor, clean: Tensor, noised: Tensor | None, step: int, guided: bool) -> tuple[Tensor, Pick]:
-        record = guided and self.request.record
-        raw = clean.clone() if self.logits is not None or record else clean
-        if guided:
-            self._ban_placeholders(clean, step)
-        pick = self.picker.pick(ids, clean, noised, step, guided=guided)
-        if self.logits is not None:
-            self.logits.append(raw.float())
-        if self.scores is not None and pick.scores is not None:
-            self.scores.append(pick.scores)
-        tokens = pick.result.token
-        if self.has_eos and self.pad is not None:
-            tokens = tokens * self.unfinished + self.pad.to(tokens.device) * (1 - self.unfinished)
-        if record:
-            alive, steered = self.unfinished.tolist(), self.guidance.window.guided_rows(step)
-            for row, token in enumerate(guided_tokens(pick.result, raw, self.processors.temperature())):
-                if alive[row] and steered[row]:
-                    self.request.report.guided[row].append(token)
-        if guided and self.guidance.watches:
-            self.guidance.observe(tokens.tolist(), step)
-        return tokens, pick
-
-    def _end_finished_rows(self, ids: Tensor, pick: Pick, step: int) -> None:
-        self.status.observe(pick.result.status, step)
-        scores = tuple(self.scores) if self.scores is not None else None
-        unfinished = self.unfinished & ~self.criteria(ids, scores) & self.status.alive()
-        just_ended = (self.unfinished == 1) & (unfinished == 0)
-        self.finished_at = self.finished_at.masked_fill(just_ended, step + 1)
-        self.unfinished = unfinished
-
-    def _ban_placeholders(self, clean: Tensor, step: int) -> None:
-        """A steered row must not write an image token: there is no image behind it."""
-        if not len(self.banned) or not self.guidance.changes_logits:
-            return
-        guided = tuple(self.guidance.window.guided_rows(step))
-        if guided not in self._banned_rows:
-            rows = [row for row, is_guided in enumerate(guided) if is_guided]
-            self._banned_rows[guided] = torch.tensor(rows, dtype=torch.int64, device=clean.device)[:, None]
-        clean[self._banned_rows[guided], self.banned] = -torch.inf
-
-    def _draws(self, times: int, *, greedy: bool) -> Draws:
-        request, device = self.request, self.request.clean["input_ids"].device
-        if request.rng == "torch":
-            return Draws("torch", None, None, greedy)
-        if request.rng != "philox":
-            raise ValueError(f"rng must be 'torch' or 'philox', got {request.rng!r}")
-        if request.seeds is None and not greedy:
-            raise ValueError("rng='philox' needs one seed per request: pass seeds=[...]")
-        seeds = list(request.seeds) if request.seeds is not None else [0] * (self.guidance.rows // times)
-        rows = torch.tensor(seeds, dtype=torch.int64, device=device).repeat_interleave(times)
-        stream = torch.arange(times, dtype=torch.int64, device=device).repeat(len(seeds))
-        return Draws("philox", rows, stream, greedy)
-
-    def _report_row_errors(self) -> None:
-        errors = self.status.errors(self.finished_at, self.processors.names_before())
-        self.request.report.row_errors.update(errors)
-        if errors and self.request.raise_row_errors:
-            raise DecodeError("; ".join(str(error) for error in errors.values()))
-
-    def _output(self, ids: Tensor) -> Any:
-        if not self.returns_dict:
-            return ids
-        from transformers.generation.utils import GenerateDecoderOnlyOutput
-
-        output: dict[str, Any] = {"sequences": ids, "past_key_values": self.branches.cache}
-        for name, kept in (("scores", self.scores), ("logits", self.logits)):
-            output[name] = None if kept is None else tuple(kept)
-        return GenerateDecoderOnlyOutput(**output)
 
 
 def check_mode(arguments: Mapping[str, Any]) -> None:

@@ -76,15 +76,20 @@ class RowStatus:
 
     def errors(self, finished_at: Tensor, processors: str) -> dict[int, Exception]:
         """Return the error of each failed row; what happens after the step [R] at which a row ended doesn't count."""
-        found: dict[int, Exception] = {}
         rows = zip(self._status.tolist(), self._step.tolist(), finished_at.tolist(), strict=True)
-        for row, (status, step, end) in enumerate(rows):
-            if status and step < end:
-                found[row] = DecodeError(
-                    f"row {row}, step {step}: {Status(status).text} (status {status}); "
-                    f"logits processors before the warpers: {processors}; check the model's weights and dtype"
-                )
-        return found
+        failed = {row: (Status(status), step) for row, (status, step, end) in enumerate(rows) if status and step < end}
+        return status_errors(failed, processors)
+
+
+def status_errors(failed: dict[int, tuple[Status, int]], processors: str) -> dict[int, Exception]:
+    """Return the error of each row that failed with a status at a step; `processors` names those before the warpers."""
+    return {
+        row: DecodeError(
+            f"row {row}, step {step}: {status.text} (status {int(status)}); "
+            f"logits processors before the warpers: {processors}; check the model's weights and dtype"
+        )
+        for row, (status, step) in failed.items()
+    }
 
 
 def guided_tokens(result: StepResult, clean: Tensor, temperature: float) -> list[GuidedToken]:

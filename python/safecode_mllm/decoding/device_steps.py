@@ -1,0 +1,205 @@
+"""A whole step on the device: forward pass, decode step, ends of rows, places in phrases; no look at the host.
+
+Everything that a step reads or writes is a buffer that stays where it is, so that a step can be captured into a CUDA
+graph and replayed, or compiled; on a CPU the same step simply runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safecode_kernels import StepParams, StepResult, pack_params
+from safecode_mllm.decoding.guidance import NO_MASK, Guidance
+from safecode_mllm.decoding.picker import Draws
+from safecode_mllm.decoding.record import GuidedToken
+from safecode_mllm.decoding.static import StaticBranches
+from safecode_mllm.refusal import ENDED, RefusalTokens
+
+# A step that no row reaches.
+_NEVER = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What the steps of one generation share.
+
+    Attributes:
+        new_tokens: N, most tokens of an answer.
+        pad: what a row that has ended gets, or None to go on writing (a generation without end tokens).
+        end_ids: tokens that end a row.
+        banned_ids: tokens that a guided row must not write.
+        warpers: parameters of the decode step that stand for the processor list.
+        record: keep the probabilities of guided tokens.
+        backend: of the decode step.
+    """
+
+    new_tokens: int
+    pad: int | None
+    end_ids: Sequence[int]
+    banned_ids: Sequence[int]
+    warpers: dict[str, Any]
+    record: bool
+    backend: str
+
+
+class PhraseTable:
+    """Where a token leads from each place in the refusal phrases, as tensors: state [R], token [R] -> state [R]."""
+
+    def __init__(self, refusal: RefusalTokens, device: torch.device) -> None:
+        moves = [list(places.items()) for places in refusal.transitions]
+        width = max(map(len, moves), default=0)
+        padded = [places + [(NO_MASK, ENDED)] * (width - len(places)) for places in moves]
+        table = torch.tensor(padded, dtype=torch.int64, device=device).reshape(len(moves), width, 2)
+        self.moves = refusal.kind == "phrase_trie"
+        self._tokens, self._next = table.unbind(-1)
+
+    def next_state(self, state: Tensor, token: Tensor) -> Tensor:
+        """Return the state behind each row's token; ENDED where a phrase ends, is left, or has ended before."""
+        if not self.moves:
+            return state
+        place = state.clamp_min(0)
+        leads_on = (self._tokens[place] == token[:, None]) & (state != ENDED)[:, None]
+        return torch.where(leads_on, self._next[place], ENDED).amax(-1)
+
+
+class DeviceSteps:
+    """The decode phase of R rows as a step that is repeated: `first` picks from the prompt's logits, then `advance`.
+
+    Args:
+        branches: over a cache of fixed size.
+        guidance: verdicts set; windows of a fixed length or of all steps.
+        draws: who draws; "torch" only for greedy rows.
+        plan: what the steps share.
+
+    Attributes:
+        written: int64 [R, N], the tokens; what follows a row's end is padding.
+        alive: bool [R].
+        finished_at: int64 [R], how many tokens each ended row has.
+        status, failed_at: int64 [R], the first status of a row that is not ok, and the step it was met at.
+    """
+
+    def __init__(self, branches: StaticBranches, guidance: Guidance, draws: Draws, plan: StepPlan) -> None:
+        self.branches, self.guidance, self.draws, self.plan = branches, guidance, draws, plan
+        rows, device = guidance.rows, branches.tokens.device
+
+        def full(value: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.full((rows, *shape), value, dtype=dtype, device=device)
+
+        self.step = full(0)
+        self.written = full(0 if plan.pad is None else plan.pad, plan.new_tokens)
+        self.alive = full(1, dtype=torch.bool)
+        self.finished_at, self.status, self.failed_at = full(_NEVER), full(0), full(_NEVER)
+        self._end_ids = torch.tensor(list(plan.end_ids), dtype=torch.int64, device=device)
+        self._banned = torch.tensor(list(plan.banned_ids), dtype=torch.int64, device=device)
+        self._limits = torch.tensor([_as_int(limit) for limit in guidance.window.limits], device=device)
+        masks = guidance.masks()
+        self._masks = None if masks is None else masks.to(device)
+        self._state = torch.tensor(guidance.states, dtype=torch.int64, device=device)
+        self._phrases = None if masks is None or guidance.refusal is None else PhraseTable(guidance.refusal, device)
+        self._guided = self._packed(guidance.step_params(0, guided=True, greedy=draws.greedy, warpers=plan.warpers))
+        self._free = self._packed(guidance.step_params(0, guided=False, greedy=draws.greedy, warpers=plan.warpers))
+        # One column behind the last: what is written after the window falls there.
+        window = min(plan.new_tokens, max(map(_as_int, guidance.window.limits), default=0)) if plan.record else 0
+        self._records = full(0, window + 1, 3, dtype=torch.float32)
+
+    def first(self, clean: Tensor, noised: Tensor | None, *, guided: bool) -> None:
+        """Write the first token of every row from the prompt's logits [R, V]."""
+        self._pick(clean, noised, guided)
+
+    def advance(self, *, guided: bool) -> None:
+        """Feed what was written last and write the next token of every row."""
+        self._pick(*self.branches.advance(), guided)
+
+    def _pick(self, clean: Tensor, noised: Tensor | None, guided: bool) -> None:
+        now = self.step < self._limits
+        plain = self._plain(clean) if guided and self.plan.record else None
+        if guided:
+            self._ban(clean, now)
+        result = self._decide(clean, noised, now, guided)
+        token = result.token
+        if self.plan.pad is not None:
+            token = torch.where(self.alive, token, self.plan.pad)
+        if plain is not None:
+            self._record(result, clean, plain, now)
+        if guided and self._phrases is not None:
+            self._state.copy_(torch.where(now, self._phrases.next_state(self._state, token), self._state))
+        self.branches.tokens.copy_(token)
+        self.written.scatter_(1, self.step[:, None], token[:, None])
+        self._end_rows(token, result.status)
+        self.step.add_(1)
+
+    def _decide(self, clean: Tensor, noised: Tensor | None, now: Tensor, guided: bool) -> StepResult:
+        params = torch.where(now, self._guided, self._free) if guided else self._free
+        masks, states = (self._masks, self._state) if guided and self._masks is not None else (None, None)
+        draws = (None, None, None) if self.draws.greedy else (self.draws.seeds, self.draws.stream, self.step)
+        call = torch.ops.safecode_kernels.decode_step
+        return StepResult(*call(clean, noised, params, masks, states, *draws, self.plan.backend))
+
+    def _ban(self, clean: Tensor, now: Tensor) -> None:
+        if len(self._banned) and self.guidance.changes_logits:
+            kept = clean.index_select(1, self._banned)
+            clean.index_copy_(1, self._banned, torch.where(now[:, None], -torch.inf, kept))
+
+    def _plain(self, clean: Tensor) -> Tensor:
+        """Return the normaliser of the unsteered distribution, [R]."""
+        return (clean.float() / self._temperature).logsumexp(-1)
+
+    def _record(self, result: StepResult, clean: Tensor, plain: Tensor, now: Tensor) -> None:
+        chosen = clean.gather(1, result.token[:, None])[:, 0].float() / self._temperature
+        row = torch.stack([result.logprob, chosen - plain, result.n_kept.float()], -1)
+        last = self._records.shape[1] - 1
+        place = torch.where(now & self.alive, self.step, last).clamp_max(last)
+        self._records.scatter_(1, place[:, None, None].expand(-1, 1, 3), row[:, None])
+
+    def _end_rows(self, token: Tensor, status: Tensor) -> None:
+        failed = (status != 0) & (self.status == 0)
+        self.status.copy_(torch.where(failed, status.long(), self.status))
+        self.failed_at.copy_(torch.where(failed, self.step, self.failed_at))
+        ends = (token[:, None] == self._end_ids).any(-1) | (self.status != 0)
+        self.end(ends)
+
+    def end(self, ends: Tensor) -> None:
+        """End rows, bool [R], with the token that was written last."""
+        just_ended = self.alive & ends
+        self.finished_at.copy_(torch.where(just_ended, self.step + 1, self.finished_at))
+        self.alive.logical_and_(~ends)
+
+    def end_before_the_first(self, rows: Sequence[int]) -> None:
+        """End rows that get no token at all."""
+        if rows:
+            self.alive[list(rows)] = False
+            self.finished_at[list(rows)] = 0
+
+    def guided_tokens(self) -> list[list[GuidedToken]]:
+        """Return the record of each row's guided tokens."""
+        found = []
+        columns = self._records[:, :-1].double()
+        ends = (self.finished_at.tolist(), self._limits.tolist())
+        rows = zip(self.written.tolist(), columns.tolist(), *ends, strict=True)
+        steps = int(self.step.max()) if len(self.step) else 0
+        for tokens, records, finished, limit in rows:
+            length = min(len(records), finished, limit, steps)
+            found.append(
+                [
+                    GuidedToken(token, math.exp(steered), math.exp(plain), int(kept))
+                    for token, (steered, plain, kept) in zip(tokens[:length], records, strict=False)
+                ]
+            )
+        return found
+
+    @property
+    def _temperature(self) -> float:
+        return float(self.plan.warpers.get("temperature", 1.0))
+
+    def _packed(self, params: StepParams) -> Tensor:
+        return pack_params(params, self.guidance.rows, self.branches.tokens.device)
+
+
+def _as_int(limit: float) -> int:
+    return _NEVER if math.isinf(limit) else int(limit)
