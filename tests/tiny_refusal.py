@@ -27,9 +27,8 @@ class TinyTrie:
 
     @property
     def transitions(self) -> tuple[dict[int, int], ...]:
-        return tuple(
-            {token: self.next_state(state, token) for token in self.allowed(state)} for state in range(len(self._prefixes))
-        )
+        states = range(len(self._prefixes))
+        return tuple({token: self.next_state(state, token) for token in self.allowed(state)} for state in states)
 
     def next_state(self, state: int, token: int) -> int:
         return self._state.get((*self._prefixes[state], token), -1)

@@ -80,7 +80,8 @@ def test_steps_on_the_device_leave_the_same_record(steps: Any, sampled: bool) ->
     for expected, found in zip(theirs.report.guided, mine.report.guided, strict=True):
         assert [(t.token_id, t.n_kept) for t in found] == [(t.token_id, t.n_kept) for t in expected]
         for name in ("p_steered", "p_plain"):
-            assert [getattr(t, name) for t in found] == pytest.approx([getattr(t, name) for t in expected], abs=SCORE_TOLERANCE)
+            values = [getattr(t, name) for t in expected]
+            assert [getattr(t, name) for t in found] == pytest.approx(values, abs=SCORE_TOLERANCE)
 
 
 class Collect:
