@@ -43,7 +43,7 @@ class Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def device_steps(name: str, *, record: bool = True) -> DeviceSteps:
+def device_steps(name: str) -> DeviceSteps:
     """Steps that have written their first token."""
     tiny = tiny_model(name)
     clean = tiny.prompts(2, extra=(0, 3))
@@ -52,9 +52,12 @@ def device_steps(name: str, *, record: bool = True) -> DeviceSteps:
     first = branches.prefill()
     guidance.set_verdicts([Verdict("unsafe", 0.9), Verdict("safe", 0.2)])
     draws = Draws("philox", torch.tensor([3, 4]), torch.tensor([0, 0]), False)
-    plan = StepPlan(NEW_TOKENS, 0, [EOS], [IMAGE], {"temperature": 0.9, "top_k": 40}, record, "auto")
+    plan = StepPlan(
+        new_tokens=NEW_TOKENS, pad=0, end_ids=(EOS,), banned_ids=(IMAGE,), temperature=0.9,
+        recorded=CONFIG.steps, greedy=False, backend="auto",
+    )  # fmt: skip
     static = StaticBranches(branches, clean["input_ids"].shape[1] + NEW_TOKENS)
-    steps = DeviceSteps(static, guidance, draws, plan)
+    steps = DeviceSteps(static, guidance, draws, {"temperature": 0.9, "top_k": 40}, plan)
     steps.first(*first, guided=True)
     return steps
 
@@ -72,8 +75,8 @@ def run(steps: DeviceSteps, advance: Any) -> torch.Tensor:
 @torch.no_grad()
 def test_no_operation_depends_on_data(name: str) -> None:
     steps, watch = device_steps(name), Watch()
-    # The eager back end of the CPU looks at the host; on a GPU the kernels are one launch each. So the decode step itself
-    # is left out of the watch.
+    # The eager back end of the CPU looks at the host; on a GPU the kernels are one launch each. So the decode step
+    # itself is left out of the watch.
     decide = steps._decide
 
     def unwatched(*arguments: Any) -> Any:

@@ -271,7 +271,7 @@ def test_nan_weights_are_reported_with_row_and_step() -> None:
         (dict(steering="of"), ConfigError, "steering"),
         (dict(judge="selv"), ConfigError, "self"),
         (dict(verdict="unsafe"), ConfigError, "Verdict"),
-        (dict(cache_implementation="static"), UnsupportedModelError, "StaticCache"),
+        (dict(cache_implementation="offloaded"), UnsupportedModelError, "offloaded"),
         (dict(use_cache=False), UnsupportedModelError, "use_cache"),
     ],
 )

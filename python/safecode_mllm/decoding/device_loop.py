@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from safecode_kernels import Status
-from safecode_mllm.decoding.device_steps import DeviceSteps, StepPlan
-from safecode_mllm.decoding.graphs import step_runner
+from safecode_mllm.decoding.device_steps import StepPlan
+from safecode_mllm.decoding.graphs import prepared_steps
 from safecode_mllm.decoding.record import status_errors
 from safecode_mllm.decoding.run import Run
 from safecode_mllm.decoding.static import StaticBranches
@@ -35,6 +35,21 @@ def obstacle(run: Run) -> str | None:
     return None
 
 
+def _plan(run: Run) -> StepPlan:
+    window = max(run.guidance.window.limits, default=0) if run.request.record else 0
+    new_tokens = run.generation_config.max_length - run.request.clean["input_ids"].shape[1]
+    return StepPlan(
+        new_tokens=new_tokens,
+        pad=None if run.pad is None else int(run.pad),
+        end_ids=tuple(_end_ids(run.criteria)),
+        banned_ids=tuple(run.banned_ids()) if run.guidance.changes_logits else (),
+        temperature=run.processors.temperature(),
+        recorded=int(min(window, new_tokens)),
+        greedy=run.picker.draws.greedy,
+        backend=run.request.backend,
+    )
+
+
 class DeviceLoop:
     """One decoding of a run without an obstacle."""
 
@@ -44,17 +59,8 @@ class DeviceLoop:
         self._others = [c for c in run.criteria if type(c).__name__ not in _KNOWN_CRITERIA]
         self._watched = bool(self._others) or run.request.streamer is not None
         self._per_look = 1 if self._watched or run.device.type == "cpu" else GPU_STEPS_PER_LOOK
-        plan = StepPlan(
-            new_tokens=run.generation_config.max_length - run.request.clean["input_ids"].shape[1],
-            pad=None if run.pad is None else int(run.pad),
-            end_ids=_end_ids(run.criteria),
-            banned_ids=run.banned_ids(),
-            warpers=run.picker.warpers,
-            record=run.request.record,
-            backend=run.request.backend,
-        )
-        self.plan = plan
-        self.steps = DeviceSteps(self.branches, run.guidance, run.picker.draws, plan)
+        self.plan = _plan(run)
+        self.steps, self._run_step = prepared_steps(run.branches, run.guidance, run.picker, self.plan)
 
     def end_rows(self, rows: Sequence[int]) -> None:
         """End rows before their first token."""
@@ -66,8 +72,7 @@ class DeviceLoop:
         if self.run.request.streamer is not None:
             self.run.request.streamer.put(ids.cpu())
         started, written = time.perf_counter(), 0
-        run_step = step_runner(steps, self.branches)
-        report.notes["steps"] = run_step.explain()
+        report.notes["steps"] = self._run_step.explain()
         while written < self.plan.new_tokens and (written % self._per_look or bool(steps.alive.any())):
             guided = window.guides(written)
             if written == 0:
@@ -75,7 +80,7 @@ class DeviceLoop:
             else:
                 if not guided:
                     self.branches.drop_noised()
-                run_step(guided=guided)
+                self._run_step(guided=guided)
             written += 1
             if self._watched:
                 self._look(ids, written)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safecode_kernels import StepParams, StepResult, pack_params
+from safecode_kernels import StepResult, pack_params
+from safecode_kernels.contract import PACKED_FIELDS
 from safecode_mllm.decoding.guidance import NO_MASK, Guidance
 from safecode_mllm.decoding.picker import Draws
 from safecode_mllm.decoding.record import GuidedToken
@@ -27,24 +28,26 @@ _NEVER = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What the steps of one generation share.
+    """What is built into a step, and so into a graph of it; everything else lies in buffers.
 
     Attributes:
         new_tokens: N, most tokens of an answer.
         pad: what a row that has ended gets, or None to go on writing (a generation without end tokens).
         end_ids: tokens that end a row.
         banned_ids: tokens that a guided row must not write.
-        warpers: parameters of the decode step that stand for the processor list.
-        record: keep the probabilities of guided tokens.
+        temperature: of the unsteered distribution that is recorded.
+        recorded: for so many steps the probabilities of guided tokens are kept.
+        greedy: no row draws.
         backend: of the decode step.
     """
 
     new_tokens: int
     pad: int | None
-    end_ids: Sequence[int]
-    banned_ids: Sequence[int]
-    warpers: dict[str, Any]
-    record: bool
+    end_ids: tuple[int, ...]
+    banned_ids: tuple[int, ...]
+    temperature: float
+    recorded: int
+    greedy: bool
     backend: str
 
 
@@ -75,7 +78,8 @@ class DeviceSteps:
         branches: over a cache of fixed size.
         guidance: verdicts set; windows of a fixed length or of all steps.
         draws: who draws; "torch" only for greedy rows.
-        plan: what the steps share.
+        warpers: parameters of the decode step that stand for the processor list.
+        plan: what is built into the steps.
 
     Attributes:
         written: int64 [R, N], the tokens; what follows a row's end is padding.
@@ -84,29 +88,53 @@ class DeviceSteps:
         status, failed_at: int64 [R], the first status of a row that is not ok, and the step it was met at.
     """
 
-    def __init__(self, branches: StaticBranches, guidance: Guidance, draws: Draws, plan: StepPlan) -> None:
-        self.branches, self.guidance, self.draws, self.plan = branches, guidance, draws, plan
+    def __init__(
+        self,
+        branches: StaticBranches,
+        guidance: Guidance,
+        draws: Draws,
+        warpers: dict[str, Any],
+        plan: StepPlan,
+    ) -> None:
+        self.branches, self.plan = branches, plan
         rows, device = guidance.rows, branches.tokens.device
 
-        def full(value: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.full((rows, *shape), value, dtype=dtype, device=device)
+        def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.empty(rows, *shape, dtype=dtype, device=device)
 
-        self.step = full(0)
-        self.written = full(0 if plan.pad is None else plan.pad, plan.new_tokens)
-        self.alive = full(1, dtype=torch.bool)
-        self.finished_at, self.status, self.failed_at = full(_NEVER), full(0), full(_NEVER)
-        self._end_ids = torch.tensor(list(plan.end_ids), dtype=torch.int64, device=device)
-        self._banned = torch.tensor(list(plan.banned_ids), dtype=torch.int64, device=device)
-        self._limits = torch.tensor([_as_int(limit) for limit in guidance.window.limits], device=device)
+        self.step, self.written = empty(), empty(plan.new_tokens)
+        self.alive, self.finished_at = empty(dtype=torch.bool), empty()
+        self.status, self.failed_at = empty(), empty()
+        # One column behind the last: what is written after the window falls there.
+        self._records = empty(plan.recorded + 1, 3, dtype=torch.float32)
+        self._limits, self._state = empty(), empty()
+        self._seeds, self._stream = empty(), empty()
+        self._guided = torch.empty(len(PACKED_FIELDS), rows, dtype=torch.float64, device=device)
+        self._free = torch.empty_like(self._guided)
+        self._end_ids = torch.tensor(plan.end_ids, dtype=torch.int64, device=device)
+        self._banned = torch.tensor(plan.banned_ids, dtype=torch.int64, device=device)
         masks = guidance.masks()
         self._masks = None if masks is None else masks.to(device)
-        self._state = torch.tensor(guidance.states, dtype=torch.int64, device=device)
         self._phrases = None if masks is None or guidance.refusal is None else PhraseTable(guidance.refusal, device)
-        self._guided = self._packed(guidance.step_params(0, guided=True, greedy=draws.greedy, warpers=plan.warpers))
-        self._free = self._packed(guidance.step_params(0, guided=False, greedy=draws.greedy, warpers=plan.warpers))
-        # One column behind the last: what is written after the window falls there.
-        window = min(plan.new_tokens, max(map(_as_int, guidance.window.limits), default=0)) if plan.record else 0
-        self._records = full(0, window + 1, 3, dtype=torch.float32)
+        self.load(guidance, draws, warpers)
+
+    def load(self, guidance: Guidance, draws: Draws, warpers: dict[str, Any]) -> None:
+        """Start over for another generation with the same plan, rows and refusal tokens."""
+        device = self.step.device
+        self.step.zero_()
+        self.written.fill_(0 if self.plan.pad is None else self.plan.pad)
+        self.alive.fill_(True)
+        self.status.zero_()
+        self._records.zero_()
+        for steps in (self.finished_at, self.failed_at):
+            steps.fill_(_NEVER)
+        self._limits.copy_(torch.tensor([_as_int(limit) for limit in guidance.window.limits]))
+        self._state.copy_(torch.tensor(guidance.states))
+        for column, values in ((self._seeds, draws.seeds), (self._stream, draws.stream)):
+            column.zero_() if values is None else column.copy_(values)
+        for packed, guided in ((self._guided, True), (self._free, False)):
+            params = guidance.step_params(0, guided=guided, greedy=self.plan.greedy, warpers=warpers)
+            packed.copy_(pack_params(params, guidance.rows, device))
 
     def first(self, clean: Tensor, noised: Tensor | None, *, guided: bool) -> None:
         """Write the first token of every row from the prompt's logits [R, V]."""
@@ -118,7 +146,7 @@ class DeviceSteps:
 
     def _pick(self, clean: Tensor, noised: Tensor | None, guided: bool) -> None:
         now = self.step < self._limits
-        plain = self._plain(clean) if guided and self.plan.record else None
+        plain = self._plain(clean) if guided and self.plan.recorded else None
         if guided:
             self._ban(clean, now)
         result = self._decide(clean, noised, now, guided)
@@ -137,21 +165,21 @@ class DeviceSteps:
     def _decide(self, clean: Tensor, noised: Tensor | None, now: Tensor, guided: bool) -> StepResult:
         params = torch.where(now, self._guided, self._free) if guided else self._free
         masks, states = (self._masks, self._state) if guided and self._masks is not None else (None, None)
-        draws = (None, None, None) if self.draws.greedy else (self.draws.seeds, self.draws.stream, self.step)
+        draws = (None, None, None) if self.plan.greedy else (self._seeds, self._stream, self.step)
         call = torch.ops.safecode_kernels.decode_step
         return StepResult(*call(clean, noised, params, masks, states, *draws, self.plan.backend))
 
     def _ban(self, clean: Tensor, now: Tensor) -> None:
-        if len(self._banned) and self.guidance.changes_logits:
+        if len(self._banned):
             kept = clean.index_select(1, self._banned)
             clean.index_copy_(1, self._banned, torch.where(now[:, None], -torch.inf, kept))
 
     def _plain(self, clean: Tensor) -> Tensor:
         """Return the normaliser of the unsteered distribution, [R]."""
-        return (clean.float() / self._temperature).logsumexp(-1)
+        return (clean.float() / self.plan.temperature).logsumexp(-1)
 
     def _record(self, result: StepResult, clean: Tensor, plain: Tensor, now: Tensor) -> None:
-        chosen = clean.gather(1, result.token[:, None])[:, 0].float() / self._temperature
+        chosen = clean.gather(1, result.token[:, None])[:, 0].float() / self.plan.temperature
         row = torch.stack([result.logprob, chosen - plain, result.n_kept.float()], -1)
         last = self._records.shape[1] - 1
         place = torch.where(now & self.alive, self.step, last).clamp_max(last)
@@ -192,13 +220,6 @@ class DeviceSteps:
                 ]
             )
         return found
-
-    @property
-    def _temperature(self) -> float:
-        return float(self.plan.warpers.get("temperature", 1.0))
-
-    def _packed(self, params: StepParams) -> Tensor:
-        return pack_params(params, self.guidance.rows, self.branches.tokens.device)
 
 
 def _as_int(limit: float) -> int:

@@ -6,7 +6,9 @@ from typing import Protocol
 
 import torch
 
-from safecode_mllm.decoding.device_steps import DeviceSteps
+from safecode_mllm.decoding.device_steps import DeviceSteps, StepPlan
+from safecode_mllm.decoding.guidance import Guidance
+from safecode_mllm.decoding.picker import TokenPicker
 from safecode_mllm.decoding.static import StaticBranches
 
 
@@ -37,6 +39,9 @@ class PlainRunner:
         return "on the device, one by one"
 
 
-def step_runner(steps: DeviceSteps, branches: StaticBranches) -> StepRunner:
-    """Return how the steps of a generation are run on its device."""
-    return PlainRunner(steps)
+def prepared_steps(
+    branches: StaticBranches, guidance: Guidance, picker: TokenPicker, plan: StepPlan
+) -> tuple[DeviceSteps, StepRunner]:
+    """Return the steps of a generation, and how they are run on its device."""
+    steps = DeviceSteps(branches, guidance, picker.draws, picker.warpers, plan)
+    return steps, PlainRunner(steps)

@@ -15,7 +15,8 @@ from safecode_mllm.errors import UnsupportedModelError
 
 def check_cache(cache: Any) -> None:
     """Raise UnsupportedModelError unless the cache is one whose rows can be dropped, copied and forked."""
-    name = type(cache).__name__
+    offloaded = getattr(cache, "offloading", False)
+    name = "offloaded " * offloaded + type(cache).__name__
     if name != "DynamicCache":
         raise UnsupportedModelError(
             f"cache class {name} is not supported by steered decoding; leave past_key_values unset, and "
@@ -48,30 +49,46 @@ def static_obstacle(decoder: Any) -> str | None:
     return None
 
 
-def to_static(cache: Any, decoder: Any, length: int) -> Any:
-    """Move a filled DynamicCache into a cache of `length` columns, layer by layer, and return that.
+class StaticLayers:
+    """A StaticCache whose whole buffers are remembered, so that it can be filled again after rows were dropped.
+
+    Args:
+        cache: a filled DynamicCache; says how many rows there are, and of what.
+        decoder: the model that it belongs to.
+        length: columns of the new cache.
 
     Raises:
         UnsupportedModelError: see static_obstacle.
     """
-    from transformers import StaticCache
 
-    if obstacle := static_obstacle(decoder):
-        raise UnsupportedModelError(f"cache_implementation='static' is not supported by this model: {obstacle}")
-    static = StaticCache(config=decoder.config.get_text_config(decoder=True), max_cache_len=length)
-    layers: list[tuple[Any, Any]] = list(zip(static.layers, cache.layers, strict=True))
-    for target, source in layers:
-        columns = source.keys.shape[2]
-        states = (source.keys, source.values)
-        # transformers 4 asks for the keys only.
-        wanted = len(inspect.signature(target.lazy_initialization).parameters)
-        target.lazy_initialization(*states[:wanted])
-        target.keys[:, :, :columns].copy_(source.keys)
-        target.values[:, :, :columns].copy_(source.values)
-        if hasattr(target, "cumulative_length"):
-            target.cumulative_length.fill_(columns)
-        source.keys = source.values = None
-    return static
+    def __init__(self, cache: Any, decoder: Any, length: int) -> None:
+        from transformers import StaticCache
+
+        if obstacle := static_obstacle(decoder):
+            raise UnsupportedModelError(f"cache_implementation='static' is not supported by this model: {obstacle}")
+        self.cache = StaticCache(config=decoder.config.get_text_config(decoder=True), max_cache_len=length)
+        layers: list[tuple[Any, Any]] = list(zip(self.cache.layers, cache.layers, strict=True))
+        for target, source in layers:
+            # transformers 4 asks for the keys only.
+            wanted = len(inspect.signature(target.lazy_initialization).parameters)
+            target.lazy_initialization(*(source.keys, source.values)[:wanted])
+        self._whole: list[tuple[Any, Tensor, Tensor]] = [(layer, layer.keys, layer.values) for layer, _ in layers]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all layers."""
+        return sum(keys.nbytes + values.nbytes for _, keys, values in self._whole)
+
+    def load(self, cache: Any) -> None:
+        """Move a filled DynamicCache in, layer by layer; it may not be used any more."""
+        for (target, keys, values), source in zip(self._whole, cache.layers, strict=True):
+            columns = source.keys.shape[2]
+            keys[:, :, :columns].copy_(source.keys)
+            values[:, :, :columns].copy_(source.values)
+            target.keys, target.values = keys, values
+            if hasattr(target, "cumulative_length"):
+                target.cumulative_length.fill_(columns)
+            source.keys = source.values = None
 
 
 def cached_length(cache: Any) -> int:

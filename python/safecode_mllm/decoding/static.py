@@ -35,21 +35,37 @@ class StaticBranches:
     """
 
     def __init__(self, branches: Branches, columns: int) -> None:
-        self.decoder, self.rows, self.copies = branches.decoder, branches.rows, branches.copies
-        self.row_dim, self.images = branches.row_dim, branches.images
-        prompt = branches.mask.shape[1]
-        device, length = branches.mask.device, static_length(columns)
-        self.cache = kv.to_static(branches.cache, self.decoder, length)
-        unwritten = branches.mask.new_ones(len(branches.mask), length - prompt)
-        self.mask = torch.cat([branches.mask, unwritten], 1)
-        self.positions = torch.cat([branches.next_positions] * self.copies, self.row_dim)
-        self.column = torch.tensor([prompt], device=device)
+        self.decoder, self.rows, self.length = branches.decoder, branches.rows, static_length(columns)
+        self.row_dim, self._all_copies = branches.row_dim, branches.copies
+        device = branches.mask.device
+        self._layers = kv.StaticLayers(branches.cache, self.decoder, self.length)
+        self._whole_mask = branches.mask.new_ones(len(branches.mask), self.length)
+        self._whole_positions = torch.cat([branches.next_positions] * branches.copies, self.row_dim)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)
         self.tokens = torch.zeros(self.rows, dtype=torch.long, device=device)
+        self.load(branches)
+
+    def load(self, branches: Branches) -> None:
+        """Take over another prompt of the same shape of rows; its cache may not be used any more."""
+        prompt = branches.mask.shape[1]
+        self._layers.load(branches.cache)
+        self.cache = self._layers.cache
+        self._whole_mask[:, :prompt] = branches.mask
+        self._whole_mask[:, prompt:] = 1
+        self._whole_positions.copy_(torch.cat([branches.next_positions] * branches.copies, self.row_dim))
+        self.mask, self.positions = self._whole_mask, self._whole_positions
+        self.column.fill_(prompt)
+        self.copies, self.images = self._all_copies, branches.images
 
     @property
     def has_noised(self) -> bool:
         """Whether the noised rows are still running."""
         return self.copies == 2
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the cache."""
+        return self._layers.bytes
 
     def step(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Feed one token per row, int64 [R], to every branch; returns clean and noised logits [R, V]."""
