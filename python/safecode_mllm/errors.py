@@ -41,3 +41,7 @@ class DecodeError(SafeCoDeError):
 
 class MissingExtraError(SafeCoDeError, ImportError):
     """An optional dependency is not installed; the message is the pip command that installs it."""
+
+
+class CapacityError(SafeCoDeError):
+    """A request does not fit into memory, however small its batch is."""

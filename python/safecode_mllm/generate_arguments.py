@@ -9,8 +9,6 @@ from typing import Any
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.errors import ConfigError
 
-# Enough for an answer of a paragraph; generate()'s own default of 20 cuts sentences in half.
-DEFAULT_MAX_NEW_TOKENS = 256
 # What `chat` decides itself; whoever needs these works with SteeredGeneration and model.generate directly.
 _RESERVED = (
     "assistant_model", "custom_generate", "inputs", "input_ids", "attention_mask", "pixel_values",
@@ -33,10 +31,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def complete_arguments(arguments: Mapping[str, Any], model: Any, pad_token_id: int) -> dict[str, Any]:
-    """Return the arguments for `model.generate`, with a length and a padding token where none is given."""
+    """Return the arguments for `model.generate`, with a padding token where none is given."""
     completed = dict(arguments, **_ONE_PLAIN_ANSWER)
-    if not {"max_new_tokens", "max_length", "generation_config"} & completed.keys():
-        completed["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
     if model.generation_config.pad_token_id is None:
         completed.setdefault("pad_token_id", pad_token_id)
     return completed

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from safecode_kernels import explain
-from safecode_mllm.audit import generation_settings, request_context
+from safecode_mllm.answering import Answerer
+from safecode_mllm.batching import DEFAULT_BATCH_SIZE, BatchRunner, Progress, in_order, watched
 from safecode_mllm.config import SafeCoDeConfig
-from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.families import family_of
-from safecode_mllm.decoding.guidance import Guidance
-from safecode_mllm.decoding.loop import SteeredGeneration, Verdicts
-from safecode_mllm.errors import ConfigError, UnsupportedModelError
-from safecode_mllm.generate_arguments import check_arguments, complete_arguments
+from safecode_mllm.errors import ConfigError
+from safecode_mllm.generate_arguments import check_arguments
 from safecode_mllm.images import load_image
 from safecode_mllm.judges import bind, make_judge
-from safecode_mllm.judges.asking import ask_beside, ask_judge, settle
-from safecode_mllm.judges.protocol import Judge, JudgeRequest, Verdict, is_remote
+from safecode_mllm.judges.protocol import Judge, JudgeRequest, Verdict
 from safecode_mllm.judges.self_judge import SelfJudge
+from safecode_mllm.lengths import check_fits
 from safecode_mllm.loading import load_model
-from safecode_mllm.prompts import PromptBuilder, collate
-from safecode_mllm.refusal import RefusalTokens, refusal_tokens
-from safecode_mllm.requests import ChatRequest, PreparedRequest, prepare_request, stack_noised
-from safecode_mllm.results import ChatResult, Steering, log_ineffective
+from safecode_mllm.prompts import PromptBuilder
+from safecode_mllm.refusal import RefusalTokens
+from safecode_mllm.requests import ChatRequest, PreparedRequest, prepare_request
+from safecode_mllm.results import ChatResult, Steering
 from safecode_mllm.streaming import ChatStream
-from safecode_mllm.styling import with_style
-
-logger = logging.getLogger(__name__)
-
-DEFAULT_BATCH_SIZE = 8
-Progress = Callable[[int, int], None]
 
 
 class SafeCoDe:
@@ -70,7 +60,7 @@ class SafeCoDe:
         self.config = config or SafeCoDeConfig()
         self.builder = PromptBuilder(processor)
         self.judge = self._make_judge(judge)
-        self.refusal = refusal
+        self._answerer = Answerer(self.model, self.builder, refusal)
         if judge not in (None, "self") and not self.config.uses_verdict:
             raise ConfigError(_unused("judge", self.config))
 
@@ -118,6 +108,7 @@ class SafeCoDe:
         steering: Steering = "on",
         judge: str | Judge | None = None,
         verdict: Verdict | None = None,
+        config: SafeCoDeConfig | None = None,
         seed: int | None = None,
         record: bool = True,
         **generate_kwargs: Any,
@@ -130,6 +121,7 @@ class SafeCoDe:
             steering: "off" decodes as the plain model would.
             judge: a judge for this request instead of the object's.
             verdict: a verdict to use instead of asking a judge.
+            config: a configuration for this request instead of the object's.
             seed: integer in [0, 2^63); None draws one. It is in the result either way.
             record: keep the guided tokens with their probabilities.
             generate_kwargs: as for `model.generate`: max_new_tokens, do_sample, temperature, top_p, stop_strings, ...
@@ -139,9 +131,9 @@ class SafeCoDe:
             JudgeError: the judge failed, or its verdict is unknown, under policy "raise".
             DecodeError: the model's logits cannot be decoded.
         """
-        request = ChatRequest(image, prompt, steering, seed, verdict)
-        prepared = self._prepare(request, judge)
-        return _raise_error(self._run([prepared], judge, record, generate_kwargs)[0])
+        prepared = self._prepare(ChatRequest(image, prompt, steering, seed, verdict, config=config), judge)
+        answer = partial(self._answerer.answer, record=record, arguments=generate_kwargs)
+        return _raise_error(answer([prepared], self._judge(judge))[0])
 
     def chat_batch(
         self,
@@ -150,30 +142,61 @@ class SafeCoDe:
         batch_size: int = DEFAULT_BATCH_SIZE,
         judge: str | Judge | None = None,
         record: bool = True,
-        progress: Progress | None = None,
+        progress: bool | Progress | None = None,
         **generate_kwargs: Any,
     ) -> list[ChatResult]:
         """Answer many requests, in order; what fails in one request is that result's `error`.
 
         Args:
-            requests: mappings with the fields of ChatRequest: image, prompt, and optionally steering, seed, verdict.
-            batch_size: requests per forward pass, at least 1.
+            requests: mappings with the fields of ChatRequest: image, prompt, and optionally steering, seed, verdict,
+                config, max_new_tokens.
+            batch_size: most requests per forward pass, at least 1; halved when memory runs out.
             judge: a judge for all of them instead of the object's.
             record: keep the guided tokens with their probabilities.
-            progress: called with (done, total) after each batch.
+            progress: show a bar with rate and remaining time, or call with (done, total) after each request.
             generate_kwargs: as for `model.generate`, the same for all.
 
         Raises:
             ConfigError: a request has an unknown or missing key; raised before any work.
         """
-        _check_batch_size(batch_size)
         todo = [ChatRequest.of(request) for request in requests]
-        results: list[ChatResult] = []
-        for start in range(0, len(todo), batch_size):
-            results += self._run_chunk(todo[start : start + batch_size], judge, record, generate_kwargs)
-            if progress is not None:
-                progress(len(results), len(todo))
-        return results
+        options: dict[str, Any] = dict(batch_size=batch_size, judge=judge, record=record, progress=progress)
+        return list(self.generate_many(todo, **options, **generate_kwargs))
+
+    def generate_many(
+        self,
+        requests: Iterable[ChatRequest | Mapping[str, Any]],
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        as_completed: bool = False,
+        judge: str | Judge | None = None,
+        record: bool = True,
+        progress: bool | Progress | None = None,
+        **generate_kwargs: Any,
+    ) -> Iterator[ChatResult]:
+        """Yield the answers to a stream of requests; see `chat_batch` for the arguments that both take.
+
+        Requests are taken as they are needed, a few batches at a time, and sorted into batches of one kind and similar
+        length. The place of a result's request is in `index`.
+
+        Args:
+            requests: any iterable; whatever is wrong with a request, an unknown key too, is that result's `error`.
+            batch_size: see `chat_batch`.
+            as_completed: yield each result when it is there, instead of in the order of the requests.
+            judge: see `chat_batch`.
+            record: see `chat_batch`.
+            progress: see `chat_batch`; the total is None if the iterable has no length.
+            generate_kwargs: as for `model.generate`, the same for all.
+
+        Raises:
+            ConfigError: an argument cannot be used; raised before any work.
+        """
+        _check_batch_size(batch_size)
+        check_arguments(generate_kwargs)
+        answer = partial(self._answerer.answer, judge=self._judge(judge), record=record, arguments=generate_kwargs)
+        results = BatchRunner(partial(self._prepare, judge=judge), answer, batch_size).run(requests)
+        total = len(requests) if isinstance(requests, Sized) else None
+        return watched(results if as_completed else in_order(results), total, progress)
 
     def stream(self, image: Any, prompt: str, **chat_kwargs: Any) -> ChatStream:
         """Answer one request piece by piece: iterate over the text; the ChatResult is then in `.result`.
@@ -181,7 +204,7 @@ class SafeCoDe:
         Takes what `chat` takes. Image and prompt are checked here; errors of the model surface while iterating.
         """
         judge, record = chat_kwargs.pop("judge", None), chat_kwargs.pop("record", True)
-        names = ("steering", "seed", "verdict")
+        names = ("steering", "seed", "verdict", "config")
         request = ChatRequest(image, prompt, **{name: chat_kwargs.pop(name) for name in names if name in chat_kwargs})
         prepared = self._prepare(request, judge)
         check_arguments(chat_kwargs)
@@ -189,7 +212,8 @@ class SafeCoDe:
         def run(streamer: Any, stop: Any) -> ChatResult:
             criteria = [*(chat_kwargs.get("stopping_criteria") or []), stop]
             arguments = dict(chat_kwargs, stopping_criteria=criteria)
-            return _raise_error(self._run([prepared], judge, record, arguments, streamer)[0])
+            answer = partial(self._answerer.answer, record=record, arguments=arguments, streamer=streamer)
+            return _raise_error(answer([prepared], self._judge(judge))[0])
 
         return ChatStream(self.builder.tokenizer, run)
 
@@ -211,152 +235,20 @@ class SafeCoDe:
             verdicts += chosen.judge_many([JudgeRequest(load_image(r.image), r.prompt) for r in chunk])
         return verdicts
 
-    def _run_chunk(
-        self, requests: Sequence[ChatRequest], judge: str | Judge | None, record: bool, arguments: Mapping[str, Any]
-    ) -> list[ChatResult]:
-        """Answer one batch; requests that cannot be prepared become results with an error."""
-        prepared: list[PreparedRequest | Exception] = []
-        for request in requests:
-            try:
-                prepared.append(self._prepare(request, judge))
-            except Exception as error:
-                prepared.append(error)
-        usable = [row for row in prepared if isinstance(row, PreparedRequest)]
-        answered = iter(self._run_or_fail(usable, judge, record, arguments) if usable else [])
-        return [
-            next(answered) if isinstance(row, PreparedRequest) else _failed(request, row)
-            for request, row in zip(requests, prepared, strict=True)
-        ]
-
-    def _run_or_fail(
-        self,
-        rows: Sequence[PreparedRequest],
-        judge: str | Judge | None,
-        record: bool,
-        arguments: Mapping[str, Any],
-    ) -> list[ChatResult]:
-        """Generate for prepared rows; what breaks the whole batch is the error of each of its rows.
-
-        The batches that are done already must not be lost to it. Arguments that no batch could work with still raise.
-        """
-        try:
-            return self._run(rows, judge, record, arguments)
-        except (ConfigError, UnsupportedModelError):
-            raise
-        except Exception as error:
-            logger.warning("a batch of %d requests failed: %s: %s", len(rows), type(error).__name__, error)
-            return [_failed(row.request, error) for row in rows]
-
     def _prepare(self, request: ChatRequest, judge: str | Judge | None) -> PreparedRequest:
+        config = request.config or self.config
         given = "judge" if judge is not None else "verdict" if request.verdict is not None else None
-        if given and request.steering == "on" and not self.config.uses_verdict:
-            raise ConfigError(_unused(given, self.config))
-        wants_verdict = request.steering == "on" and self.config.uses_verdict and request.verdict is None
+        if given and request.steering == "on" and not config.uses_verdict:
+            raise ConfigError(_unused(given, config))
+        wants_verdict = request.steering == "on" and config.uses_verdict and request.verdict is None
         if wants_verdict and self._judge(judge) is None:
             raise ConfigError(
-                f"preset {self.config.preset!r} needs a verdict, but judge is None: "
+                f"preset {config.preset!r} needs a verdict, but judge is None: "
                 "pass judge='self', 'safe' or 'unsafe', a verdict, or a configuration with bias_form='none'"
             )
-        return prepare_request(request, self.builder, self.config)
-
-    def _run(
-        self,
-        rows: Sequence[PreparedRequest],
-        judge: str | Judge | None,
-        record: bool,
-        arguments: Mapping[str, Any],
-        streamer: Any = None,
-    ) -> list[ChatResult]:
-        """Generate for prepared rows as one batch."""
-        check_arguments(arguments)
-        noised = stack_noised(rows)
-        refusal = self._refusal() if self.config.uses_verdict else None
-        generation = SteeredGeneration(
-            clean=self._to_device(collate([row.clean for row in rows], self.builder.pad_token_id)),
-            noised=None if noised is None else self._to_device(collate(noised, self.builder.pad_token_id)),
-            guidance=Guidance(self.config, [row.steered for row in rows], refusal),
-            verdict_source=self._verdict_source(rows, self._judge(judge)) if self.config.uses_verdict else None,
-            rng="philox",
-            seeds=[row.seed for row in rows],
-            streamer=streamer,
-            tokenizer=self.builder.tokenizer,
-            record=record,
-            raise_row_errors=False,
-        )
-        completed = complete_arguments(arguments, self.model, self.builder.pad_token_id)
-        output = generation.generate(self.model, **with_style(generation, completed, self.model))
-        new_ids = output[:, generation.clean["input_ids"].shape[1] :].tolist()
-        results = [self._result(row, index, new_ids[index], generation, record) for index, row in enumerate(rows)]
-        for result in results:
-            result.context["generation"] = generation_settings(arguments)
-        log_ineffective(results)
-        return results
-
-    def _verdict_source(self, rows: Sequence[PreparedRequest], judge: Judge | None) -> Callable[[Branches], Verdicts]:
-        """Ask the judge about the steered rows that bring no verdict of their own, with the policies applied."""
-        asked = [index for index, row in enumerate(rows) if row.steered and row.request.verdict is None]
-        requests = [rows[index].for_judge() for index in asked]
-        # A judge elsewhere is asked now, while the prompt is prefilled; the loop waits only before the first token.
-        pending = ask_beside(judge, requests, self.config) if judge is not None and is_remote(judge) else None
-
-        def source(branches: Branches) -> Verdicts:
-            answers: list[Verdict | Exception | None] = [None] * len(rows)
-            for index, row in enumerate(rows):
-                if row.steered and row.request.verdict is not None:
-                    answers[index] = settle(row.request.verdict, self.config, name=row.request.verdict.judge)
-            if judge is None:
-                return answers
-            if pending is not None:
-                verdicts = pending()
-            else:
-                judge_many = judge.judge_many
-                if isinstance(judge, SelfJudge) and judge.judges_with(self.model):
-                    judge_many = partial(judge.read, branches, asked)
-                verdicts = ask_judge(judge_many, requests, self.config, name=judge.name)
-            for index, answer in zip(asked, verdicts, strict=True):
-                answers[index] = answer
-            return answers
-
-        return source
-
-    def _result(
-        self,
-        row: PreparedRequest,
-        index: int,
-        token_ids: list[int],
-        generation: SteeredGeneration,
-        record: bool,
-    ) -> ChatResult:
-        report = generation.report
-        error = report.row_errors.get(index)
-        verdict = report.verdicts[index]
-        kept = token_ids[: report.lengths[index]]
-        text = "" if error else self.builder.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        effective = None
-        if row.steered and verdict is not None and verdict.asks_for_refusal and error is None:
-            effective = self._refusal().starts_with_refusal(text)
-        return ChatResult(
-            text=text,
-            verdict=verdict,
-            steering=row.request.steering,
-            steering_effective=effective,
-            record=report.guided[index] if record else None,
-            seed=row.seed,
-            timings=dict(report.seconds),
-            error=error,
-            token_ids=[] if error else kept,
-            context=request_context(row.image, row.request.prompt, self.config, self.model),
-        )
-
-    def _to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        device, dtype = self.model.device, self.model.dtype
-        return {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in inputs.items()}
-
-    def _refusal(self) -> RefusalTokens:
-        if self.refusal is None:
-            vocab_size = self.model.get_output_embeddings().weight.shape[0]
-            self.refusal = refusal_tokens(self.builder.tokenizer, vocab_size, self.config.refusal_tokens)
-        return self.refusal
+        prepared = prepare_request(request, self.builder, config)
+        check_fits(prepared, self.model)
+        return prepared
 
     def _judge(self, judge: str | Judge | None) -> Judge | None:
         return self.judge if judge is None else self._make_judge(judge)
@@ -377,10 +269,6 @@ def _raise_error(result: ChatResult) -> ChatResult:
 def _check_batch_size(batch_size: int) -> None:
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
-
-
-def _failed(request: ChatRequest, error: Exception) -> ChatResult:
-    return ChatResult("", None, request.steering, None, None, request.seed, {}, error)
 
 
 def _unused(name: str, config: SafeCoDeConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from safecode_mllm.config import SafeCoDeConfig
-from safecode_mllm.errors import ConfigError, ImageError, PromptError
+from safecode_mllm.errors import ConfigError, ImageError, JudgeError, PromptError
 from safecode_mllm.images import load_image
 from safecode_mllm.judges.protocol import JudgeRequest, Verdict
 from safecode_mllm.noise import noised_image, noised_pixels
@@ -33,6 +33,8 @@ class ChatRequest:
         seed: integer in [0, 2^63) for noise and draws; None draws one.
         verdict: a verdict to use instead of asking a judge.
         noised_image: a picture to use as the noised view, as large as `image`; None makes it from the configuration.
+        config: a configuration for this request instead of the pipeline's.
+        max_new_tokens: longest answer in tokens, at least 1; None leaves it to the arguments of the call.
     """
 
     image: Any
@@ -41,6 +43,8 @@ class ChatRequest:
     seed: int | None = None
     verdict: Verdict | None = None
     noised_image: Any = None
+    config: SafeCoDeConfig | None = None
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.steering not in ("on", "off"):
@@ -51,6 +55,11 @@ class ChatRequest:
         if self.verdict is not None and not isinstance(self.verdict, Verdict):
             kind = type(self.verdict).__name__
             raise ConfigError(f"verdict must be a Verdict, got {kind}; for a fixed label use judge='safe' or 'unsafe'")
+        if self.config is not None and not isinstance(self.config, SafeCoDeConfig):
+            raise ConfigError(f"config must be a SafeCoDeConfig, got {type(self.config).__name__}")
+        limit = self.max_new_tokens
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise ConfigError(f"max_new_tokens must be an integer of at least 1, got {limit!r}")
 
     @classmethod
     def of(cls, request: ChatRequest | Mapping[str, Any]) -> ChatRequest:
@@ -71,20 +80,32 @@ class ChatRequest:
         return cls(**request)
 
 
-@dataclass(frozen=True)
+@dataclass
 class PreparedRequest:
-    """A request ready for the model: processor outputs are batches of one on the CPU."""
+    """A request ready for the model: processor outputs are batches of one on the CPU.
+
+    Attributes:
+        asked: waits for the verdict of a judge elsewhere; None before it is asked. It is kept here because a batch that
+            runs out of memory is tried again in parts, and a judge costs money.
+    """
 
     request: ChatRequest
+    config: SafeCoDeConfig
     image: Image
     seed: int
     clean: dict[str, Tensor]
     noised: dict[str, Tensor] | None
+    asked: Callable[[], Verdict | JudgeError] | None = None
 
     @property
     def steered(self) -> bool:
         """Whether this request is steered at all."""
         return self.request.steering == "on"
+
+    @property
+    def length(self) -> int:
+        """Columns of the prompt, the image's among them."""
+        return self.clean["input_ids"].shape[1]
 
     def for_judge(self) -> JudgeRequest:
         """What a judge is asked about it."""
@@ -105,7 +126,7 @@ def prepare_request(request: ChatRequest, builder: PromptBuilder, config: SafeCo
     seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
     needs_noise = request.steering == "on" and config.uses_contrast
     noised = _noised_view(request, image, clean, seed, builder, config) if needs_noise else None
-    return PreparedRequest(request, image, seed, clean, noised)
+    return PreparedRequest(request, config, image, seed, clean, noised)
 
 
 def _noised_view(

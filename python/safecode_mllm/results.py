@@ -32,6 +32,7 @@ class ChatResult:
         error: what went wrong with this request, in a batch; `chat` raises it instead.
         token_ids: the generated tokens, without padding.
         context: preset, configuration digest, model and versions, for `audit`.
+        index: place of the request among those that were given together.
     """
 
     text: str
@@ -44,6 +45,7 @@ class ChatResult:
     error: Exception | None = None
     token_ids: list[int] = field(default_factory=list)
     context: dict[str, Any] = field(default_factory=dict)
+    index: int = 0
 
     def audit(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary of what explains this answer: verdict, guided tokens, settings, versions.
@@ -69,3 +71,16 @@ def log_ineffective(results: Sequence[ChatResult]) -> None:
     count = sum(result.steering_effective is False for result in results)
     if count:
         logger.warning("%d of %d answers open with no refusal although the verdict is unsafe", count, len(results))
+
+
+def log_cut_short(results: Sequence[ChatResult], rooms: Sequence[int] | None) -> None:
+    """One line per batch: an answer that the end of the model's context cut off is not whole.
+
+    Args:
+        results: the results of a batch.
+        rooms: for each the tokens that the context has room for behind its prompt; None if the model does not say.
+    """
+    rows = zip(results, rooms or [], strict=False)
+    count = sum(len(result.token_ids) == room for result, room in rows)
+    if count:
+        logger.warning("%d of %d answers end where the model's context ends", count, len(results))

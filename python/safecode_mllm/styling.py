@@ -8,16 +8,20 @@ from typing import Any
 from safecode_mllm.decoding.explaining import ReasonProcessor
 from safecode_mllm.decoding.lingering import LingeringBias
 from safecode_mllm.decoding.loop import SteeredGeneration
+from safecode_mllm.lengths import RowLimits
 
 # The words that begin a reason, in any tokenizer.
 MAX_OPENING_TOKENS = 32
 
 
-def with_style(generation: SteeredGeneration, arguments: Mapping[str, Any], model: Any) -> dict[str, Any]:
+def with_style(
+    generation: SteeredGeneration, limits: RowLimits, arguments: Mapping[str, Any], model: Any
+) -> dict[str, Any]:
     """Return the arguments of `model.generate` with the processors that the configuration asks for.
 
     Args:
         generation: the generation they are for; its tokenizer must be set.
+        limits: the rows' limits; they get room for a reason here.
         arguments: completed arguments.
         model: the model; says which tokens end a row.
     """
@@ -27,10 +31,8 @@ def with_style(generation: SteeredGeneration, arguments: Mapping[str, Any], mode
     if config.bias_decay > 0 and config.uses_verdict:
         processors.insert(0, LingeringBias(generation.guidance, config.bias_decay, prompt_length))
     if config.refusal_style == "explain" and config.uses_verdict:
-        limit = result.get("max_new_tokens")
-        if limit is not None:
-            # The reason has a budget of its own; rows without one are ended at the limit that was asked for.
-            result["max_new_tokens"] = limit + MAX_OPENING_TOKENS + config.reason_tokens
+        # The reason has a budget of its own; rows without one are ended at the limit that was asked for.
+        limits.extra = MAX_OPENING_TOKENS + config.reason_tokens
         processors.append(
             ReasonProcessor(
                 generation.tokenizer,
@@ -38,7 +40,7 @@ def with_style(generation: SteeredGeneration, arguments: Mapping[str, Any], mode
                 lambda: generation.report.verdicts,
                 prompt_length,
                 config.reason_tokens,
-                limit,
+                limits.asked,
             )
         )
     if processors:

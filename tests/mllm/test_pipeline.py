@@ -248,7 +248,7 @@ def test_verdict_moves_the_answer_towards_and_away_from_refusals() -> None:
     refused = sc.chat(picture(), PROMPT, verdict=Verdict("unsafe"), max_new_tokens=4)
     answered = sc.chat(picture(), PROMPT, verdict=Verdict("safe"), max_new_tokens=8)
     assert refused.steering_effective is True
-    assert not sc._refusal().starts_with_refusal(answered.text)
+    assert not sc._answerer.refusal(CONFIG).starts_with_refusal(answered.text)
 
 
 def test_nan_weights_are_reported_with_row_and_step() -> None:

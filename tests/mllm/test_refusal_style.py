@@ -124,7 +124,7 @@ def walk(processor: ReasonProcessor, tokenizer: Words, text: str) -> list[set[in
 
 
 def processor(tokenizer: Words, verdict: Verdict | None = UNSAFE, **changes: Any) -> ReasonProcessor:
-    arguments: dict[str, Any] = {"end_ids": [0], "prompt_length": 2, "budget": 6, "limit": None} | changes
+    arguments: dict[str, Any] = {"end_ids": [0], "prompt_length": 2, "budget": 6, "limits": [99]} | changes
     return ReasonProcessor(tokenizer, arguments.pop("end_ids"), lambda: [verdict], **arguments)
 
 
@@ -178,8 +178,8 @@ def test_an_unknown_verdict_that_counts_as_unsafe_asks_too() -> None:
 
 def test_a_row_without_a_reason_ends_at_its_limit() -> None:
     words = Words()
-    assert walk(processor(words, SAFE, limit=3), words, "Sure! You can")[-1] == {0}
-    assert walk(processor(words, SAFE, limit=3, end_ids=[]), words, "Sure! You can")[-1] == ALL
+    assert walk(processor(words, SAFE, limits=[3]), words, "Sure! You can")[-1] == {0}
+    assert walk(processor(words, SAFE, limits=[3], end_ids=[]), words, "Sure! You can")[-1] == ALL
 
 
 # ---- settings ----

@@ -60,7 +60,7 @@ class DeviceLoop:
         self._watched = bool(self._others) or run.request.streamer is not None
         self._per_look = 1 if self._watched or run.device.type == "cpu" else GPU_STEPS_PER_LOOK
         self.plan = _plan(run)
-        self.steps, self._run_step = prepared_steps(run.branches, run.guidance, run.picker, self.plan)
+        self.steps, self._run_step = prepared_steps(run.branches, run.guidance, run.picker, self.plan, run.limits())
 
     def end_rows(self, rows: Sequence[int]) -> None:
         """End rows before their first token."""

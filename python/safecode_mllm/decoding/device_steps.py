@@ -80,6 +80,7 @@ class DeviceSteps:
         draws: who draws; "torch" only for greedy rows.
         warpers: parameters of the decode step that stand for the processor list.
         plan: what is built into the steps.
+        lengths: int64 [R], the most tokens of each row; None is N for all.
 
     Attributes:
         written: int64 [R, N], the tokens; what follows a row's end is padding.
@@ -95,6 +96,7 @@ class DeviceSteps:
         draws: Draws,
         warpers: dict[str, Any],
         plan: StepPlan,
+        lengths: Tensor | None = None,
     ) -> None:
         self.branches, self.plan = branches, plan
         rows, device = guidance.rows, branches.tokens.device
@@ -107,7 +109,7 @@ class DeviceSteps:
         self.status, self.failed_at = empty(), empty()
         # One column behind the last: what is written after the window falls there.
         self._records = empty(plan.recorded + 1, 3, dtype=torch.float32)
-        self._limits, self._state = empty(), empty()
+        self._limits, self._state, self._lengths = empty(), empty(), empty()
         self._seeds, self._stream = empty(), empty()
         self._guided = torch.empty(len(PACKED_FIELDS), rows, dtype=torch.float64, device=device)
         self._free = torch.empty_like(self._guided)
@@ -116,9 +118,9 @@ class DeviceSteps:
         masks = guidance.masks()
         self._masks = None if masks is None else masks.to(device)
         self._phrases = None if masks is None or guidance.refusal is None else PhraseTable(guidance.refusal, device)
-        self.load(guidance, draws, warpers)
+        self.load(guidance, draws, warpers, lengths)
 
-    def load(self, guidance: Guidance, draws: Draws, warpers: dict[str, Any]) -> None:
+    def load(self, guidance: Guidance, draws: Draws, warpers: dict[str, Any], lengths: Tensor | None = None) -> None:
         """Start over for another generation with the same plan, rows and refusal tokens."""
         device = self.step.device
         self.step.zero_()
@@ -130,6 +132,7 @@ class DeviceSteps:
             steps.fill_(_NEVER)
         self._limits.copy_(torch.tensor([_as_int(limit) for limit in guidance.window.limits]))
         self._state.copy_(torch.tensor(guidance.states))
+        self._lengths.copy_(torch.full_like(self._lengths, self.plan.new_tokens) if lengths is None else lengths)
         for column, values in ((self._seeds, draws.seeds), (self._stream, draws.stream)):
             column.zero_() if values is None else column.copy_(values)
         for packed, guided in ((self._guided, True), (self._free, False)):
@@ -190,7 +193,7 @@ class DeviceSteps:
         self.status.copy_(torch.where(failed, status.long(), self.status))
         self.failed_at.copy_(torch.where(failed, self.step, self.failed_at))
         ends = (token[:, None] == self._end_ids).any(-1) | (self.status != 0)
-        self.end(ends)
+        self.end(ends | (self.step + 1 >= self._lengths))
 
     def end(self, ends: Tensor) -> None:
         """End rows, bool [R], with the token that was written last."""

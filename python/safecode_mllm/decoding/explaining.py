@@ -43,7 +43,7 @@ class ReasonProcessor:
         verdicts: called at the first token: one verdict per row, None for a row that has none.
         prompt_length: number of columns before the first token.
         budget: longest reason, tokens.
-        limit: longest answer of a row without a reason, tokens; None leaves it to the generation.
+        limits: for each row the longest answer without a reason, tokens.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class ReasonProcessor:
         verdicts: Callable[[], Sequence[Verdict | None]],
         prompt_length: int,
         budget: int,
-        limit: int | None,
+        limits: Sequence[int],
     ) -> None:
         self._tokenizer, self._end_ids, self._verdicts = tokenizer, list(end_ids), verdicts
-        self._prompt_length, self._budget, self._limit = prompt_length, budget, limit
+        self._prompt_length, self._budget, self._limits = prompt_length, budget, limits
         self._rows: list[_Row] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class ReasonProcessor:
         written = input_ids[:, self._prompt_length :]
         changed = scores.clone()
         for row, state in enumerate(self._rows):
-            forced = self._next(state, written[row].tolist())
+            forced = self._next(state, written[row].tolist(), self._limits[row])
             if forced == _NOT_THE_END:
                 changed[row, self._end_ids] = -torch.inf
             elif forced is not None:
@@ -81,7 +81,7 @@ class ReasonProcessor:
         opening = self._tokenizer(reason_opening(verdict), add_special_tokens=False)["input_ids"]
         return _Row("refusing", list(opening))
 
-    def _next(self, state: _Row, ids: list[int]) -> list[int] | int | None:
+    def _next(self, state: _Row, ids: list[int], limit: int) -> list[int] | int | None:
         """Move a row on by the tokens it has written; returns the ids to choose from, _NOT_THE_END, or None for any."""
         if ids and ids[-1] in self._end_ids:
             return None
@@ -98,7 +98,7 @@ class ReasonProcessor:
             return [state.opening[state.written]]
         if state.phase == "refusing" and self._end_ids and starts_with_refusal(self._text(ids)):
             return _NOT_THE_END
-        is_over = state.phase == "done" and self._limit is not None and len(ids) >= self._limit
+        is_over = state.phase == "done" and len(ids) >= limit
         return self._end_ids or None if is_over else None
 
     def _look_at_refusal(self, state: _Row, ids: list[int]) -> None:

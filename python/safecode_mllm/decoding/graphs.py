@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from safecode_mllm.decoding.device_steps import DeviceSteps, StepPlan
 from safecode_mllm.decoding.guidance import Guidance
@@ -40,8 +41,8 @@ class PlainRunner:
 
 
 def prepared_steps(
-    branches: StaticBranches, guidance: Guidance, picker: TokenPicker, plan: StepPlan
+    branches: StaticBranches, guidance: Guidance, picker: TokenPicker, plan: StepPlan, lengths: Tensor | None
 ) -> tuple[DeviceSteps, StepRunner]:
     """Return the steps of a generation, and how they are run on its device."""
-    steps = DeviceSteps(branches, guidance, picker.draws, picker.warpers, plan)
+    steps = DeviceSteps(branches, guidance, picker.draws, picker.warpers, plan, lengths)
     return steps, PlainRunner(steps)

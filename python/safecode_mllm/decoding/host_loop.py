@@ -26,6 +26,7 @@ class HostLoop:
         run.report.guided = [[] for _ in range(rows)]
         self.unfinished = torch.ones(rows, dtype=torch.long, device=device)
         self.finished_at = torch.full((rows,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
+        self.limits = run.limits()
         self.status = RowStatus(rows, device)
         self.banned = torch.tensor(run.banned_ids(), dtype=torch.int64, device=device)
         self._banned_rows: dict[tuple[bool, ...], Tensor] = {}
@@ -88,6 +89,8 @@ class HostLoop:
         self.status.observe(pick.result.status, step)
         scores = tuple(self.scores) if self.scores is not None else None
         unfinished = self.unfinished & ~self.run.criteria(ids, scores) & self.status.alive()
+        if self.limits is not None:
+            unfinished = unfinished & (step + 1 < self.limits)
         just_ended = (self.unfinished == 1) & (unfinished == 0)
         self.finished_at = self.finished_at.masked_fill(just_ended, step + 1)
         self.unfinished = unfinished

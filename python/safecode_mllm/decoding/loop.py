@@ -48,6 +48,7 @@ class SteeredGeneration:
         verdict_source: called once after the prefill; None when no verdict is used.
         rng: "torch" equals stock sampling token for token; "philox" is independent of batch and back end.
         seeds: one seed in [0, 2^63) per request; needed by "philox".
+        new_tokens: the most tokens of each request's answer, below what `generate()` allows all; None is that.
         streamer: a transformers streamer; B must be 1.
         tokenizer: needed for `stop_strings` only.
         record: keep probabilities of each guided token in the report.
@@ -62,6 +63,7 @@ class SteeredGeneration:
     verdict_source: VerdictSource | None = None
     rng: Rng = "torch"
     seeds: Sequence[int] | None = None
+    new_tokens: Sequence[int] | None = None
     streamer: Any = None
     tokenizer: Any = None
     record: bool = False

@@ -65,6 +65,14 @@ class Run:
         pad: Tensor | None = self.generation_config._pad_token_tensor
         return pad.to(self.device) if has_eos and pad is not None else None
 
+    def limits(self) -> Tensor | None:
+        """The most tokens of each row, int64 [R]; None where `generate()` ends them all at once."""
+        given = self.request.new_tokens
+        if given is None:
+            return None
+        times = self.guidance.rows // len(given)
+        return torch.tensor(list(given), device=self.device).repeat_interleave(times)
+
     def banned_ids(self) -> list[int]:
         """Tokens that a guided row must not write: there is no image behind an image token."""
         return placeholder_ids(self.model)
