@@ -13,6 +13,7 @@ from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.loop import SteeredGeneration, Verdicts
+from safecode_mllm.decoding.step_pool import StepPool
 from safecode_mllm.errors import JudgeError
 from safecode_mllm.generate_arguments import check_arguments, complete_arguments
 from safecode_mllm.judges.asking import ask_beside, ask_judge, settle
@@ -39,6 +40,7 @@ class Answerer:
         self.model, self.builder = model, builder
         self._given_refusal = refusal
         self._refusals: dict[str, RefusalTokens] = {}
+        self.pool = StepPool()
 
     def refusal(self, config: SafeCoDeConfig) -> RefusalTokens:
         """Return the refusal tokens of a configuration, found once per model."""
@@ -79,6 +81,7 @@ class Answerer:
             tokenizer=self.builder.tokenizer,
             record=record,
             raise_row_errors=False,
+            pool=self.pool,
         )
         limits = RowLimits.of(rows, arguments, self.model)
         completed = complete_arguments(arguments, self.model, self.builder.pad_token_id)

@@ -58,6 +58,7 @@ class BatchRunner:
         prepare: makes a request ready for the model; raises what is wrong with it.
         answer: answers rows of one kind.
         batch_size: rows per batch; halved for good when memory runs out.
+        free: lets go of memory that is kept for later; called when it runs out.
     """
 
     def __init__(
@@ -65,8 +66,9 @@ class BatchRunner:
         prepare: Callable[[ChatRequest], PreparedRequest],
         answer: Callable[[Sequence[PreparedRequest]], list[ChatResult]],
         batch_size: int,
+        free: Callable[[], None],
     ) -> None:
-        self._prepare, self._answer, self.batch_size = prepare, answer, batch_size
+        self._prepare, self._answer, self._free, self.batch_size = prepare, answer, free, batch_size
 
     def run(self, requests: Iterable[ChatRequest | Mapping[str, Any]]) -> Iterator[ChatResult]:
         """Yield the results as they are completed, each with its request's place in `index`."""
@@ -123,6 +125,7 @@ class BatchRunner:
                 )
                 return [_failed(rows[0].request, too_large)]
         # Here the frames of the failed attempt are gone, and with them what they held on to.
+        self._free()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None

@@ -194,7 +194,8 @@ class SafeCoDe:
         _check_batch_size(batch_size)
         check_arguments(generate_kwargs)
         answer = partial(self._answerer.answer, judge=self._judge(judge), record=record, arguments=generate_kwargs)
-        results = BatchRunner(partial(self._prepare, judge=judge), answer, batch_size).run(requests)
+        prepare = partial(self._prepare, judge=judge)
+        results = BatchRunner(prepare, answer, batch_size, self._answerer.pool.clear).run(requests)
         total = len(requests) if isinstance(requests, Sized) else None
         return watched(results if as_completed else in_order(results), total, progress)
 

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from safecode_kernels import Status
 from safecode_mllm.decoding.device_steps import StepPlan
-from safecode_mllm.decoding.graphs import prepared_steps
 from safecode_mllm.decoding.record import status_errors
 from safecode_mllm.decoding.run import Run
-from safecode_mllm.decoding.static import StaticBranches
 
 # Steps between two looks on a GPU, where a look waits for everything before it. Rows that end in between write padding.
 GPU_STEPS_PER_LOOK = 8
@@ -24,7 +22,7 @@ _KNOWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 
 def obstacle(run: Run) -> str | None:
     """Return why the steps of a run cannot stay on the device, in a sentence; None if they can."""
-    if not isinstance(run.branches, StaticBranches):
+    if run.prepared is None:
         return "the cache grows"
     if not run.picker.fused:
         return run.picker.explain()
@@ -54,13 +52,13 @@ class DeviceLoop:
     """One decoding of a run without an obstacle."""
 
     def __init__(self, run: Run) -> None:
-        assert isinstance(run.branches, StaticBranches)
-        self.run, self.branches = run, run.branches
+        assert run.prepared is not None
+        self.run, self.branches = run, run.prepared.branches
         self._others = [c for c in run.criteria if type(c).__name__ not in _KNOWN_CRITERIA]
         self._watched = bool(self._others) or run.request.streamer is not None
         self._per_look = 1 if self._watched or run.device.type == "cpu" else GPU_STEPS_PER_LOOK
         self.plan = _plan(run)
-        self.steps, self._run_step = prepared_steps(run.branches, run.guidance, run.picker, self.plan, run.limits())
+        self.steps, self._run_step = run.prepared.steps(run.guidance, run.picker, self.plan, run.limits())
 
     def end_rows(self, rows: Sequence[int]) -> None:
         """End rows before their first token."""
@@ -72,7 +70,6 @@ class DeviceLoop:
         if self.run.request.streamer is not None:
             self.run.request.streamer.put(ids.cpu())
         started, written = time.perf_counter(), 0
-        report.notes["steps"] = self._run_step.explain()
         while written < self.plan.new_tokens and (written % self._per_look or bool(steps.alive.any())):
             guided = window.guides(written)
             if written == 0:
@@ -100,6 +97,7 @@ class DeviceLoop:
 
     def _finished(self, ids: Tensor, written: int) -> Any:
         steps, report = self.steps, self.run.report
+        report.notes["steps"] = self._run_step.explain()
         lengths = steps.finished_at.clamp(max=written).tolist()
         # Steps after the last row's end were run only because nobody looked.
         last = written if steps.alive.any() else max(lengths, default=0)

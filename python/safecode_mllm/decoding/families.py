@@ -148,6 +148,11 @@ class ImageStates:
         """Return the states of the rows of `index`, int64 [N] or a slice."""
         return ImageStates(self.argument, self.states[index], self.visible[index])
 
+    def load(self, other: ImageStates) -> None:
+        """Take over the values of others of the same shape."""
+        self.states.copy_(other.states)
+        self.visible.copy_(other.visible)
+
     def seeing(self, visible: Tensor) -> ImageStates:
         """Return the same states for a newest column that sees the images of `visible`, int64 [R, 1, I]."""
         return ImageStates(self.argument, self.states, visible)

@@ -26,7 +26,7 @@ from safecode_mllm.decoding.picker import Rng, TokenPicker
 from safecode_mllm.decoding.processors import ProcessorSplit, split_processors
 from safecode_mllm.decoding.record import GenerationReport
 from safecode_mllm.decoding.run import Run, make_draws
-from safecode_mllm.decoding.static import StaticBranches
+from safecode_mllm.decoding.step_pool import Prepared, StepPool
 from safecode_mllm.errors import UnsupportedModelError
 from safecode_mllm.judges.protocol import Verdict
 
@@ -55,6 +55,8 @@ class SteeredGeneration:
         raise_row_errors: raise when a row failed, after the others finished; else leave it in the report.
         force_branches: run the noised branch even if nothing needs it. For tests.
         backend: decode-step back end, by name or "auto".
+        pool: keeps buffers and captured steps for later generations of the same shape, with
+            cache_implementation="static".
     """
 
     clean: Mapping[str, Tensor]
@@ -70,6 +72,7 @@ class SteeredGeneration:
     raise_row_errors: bool = True
     force_branches: bool = False
     backend: str = "auto"
+    pool: StepPool | None = None
     report: GenerationReport = field(default_factory=GenerationReport)
     _whole_model: Any = field(default=None, init=False, repr=False)
 
@@ -117,19 +120,26 @@ class SteeredGeneration:
         self.guidance.expand(times)
         clean = clean.repeat_interleave(times, 0)
         noised = None if noised is None else noised.repeat_interleave(times, 0)
+        prepared = self._fixed(model, branches, generation_config.max_length) if fixed else None
+        processors = split_processors(logits_processor)
         loop = self._loop(
             Run(
                 self,
                 model,
-                self._fixed(branches, generation_config.max_length) if fixed else branches,
+                branches if prepared is None else prepared.branches,
+                prepared,
                 generation_config,
                 stopping_criteria,
-                processors := split_processors(logits_processor),
+                processors,
                 self._picker(processors, generation_config, times),
             )
         )
         loop.end_rows(failed)
-        return loop.decode(input_ids, clean, noised)
+        output = loop.decode(input_ids, clean, noised)
+        # Whoever gets an output object gets the cache with it. After an error the buffers are not worth keeping.
+        if prepared is not None and self.pool is not None and not generation_config.return_dict_in_generate:
+            self.pool.give_back(prepared)
+        return output
 
     def _picker(self, processors: ProcessorSplit, generation_config: Any, times: int) -> TokenPicker:
         picker = TokenPicker(
@@ -150,11 +160,12 @@ class SteeredGeneration:
         self.report.notes["steps"] = f"looked at one by one: {obstacle}"
         return HostLoop(run)
 
-    def _fixed(self, branches: Branches, columns: int) -> Branches | StaticBranches:
-        """Return the branches over a cache of fixed size, or as they are where the model cannot have one."""
+    def _fixed(self, model: Any, branches: Branches, columns: int) -> Prepared | None:
+        """Return the branches over a cache of fixed size; None where the model cannot have one."""
         obstacle = kv.static_obstacle(branches.decoder)
         self.report.notes["cache"] = f"not of fixed size: {obstacle}" if obstacle else "of fixed size"
-        return branches if obstacle else StaticBranches(branches, columns)
+        pool = StepPool(0) if self.pool is None else self.pool
+        return None if obstacle else pool.take(model, branches, columns)
 
     def _noised_if_needed(self) -> Mapping[str, Tensor] | None:
         needed = self.guidance.uses_contrast or self.force_branches

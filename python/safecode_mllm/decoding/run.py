@@ -16,6 +16,7 @@ from safecode_mllm.decoding.picker import Draws, TokenPicker
 from safecode_mllm.decoding.processors import ProcessorSplit
 from safecode_mllm.decoding.record import GenerationReport
 from safecode_mllm.decoding.static import StaticBranches
+from safecode_mllm.decoding.step_pool import Prepared
 from safecode_mllm.errors import DecodeError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Run:
         request: what was asked for; its report is filled while the loop runs.
         model: the whole model.
         branches: prefilled and expanded.
+        prepared: the same over a cache of fixed size, with what was prepared for it; None if the cache grows.
         generation_config, criteria: as `generate()` prepared them.
         processors: the generation's logits processors.
         picker: how a step's logits become tokens.
@@ -38,6 +40,7 @@ class Run:
     request: SteeredGeneration
     model: Any
     branches: Branches | StaticBranches
+    prepared: Prepared | None
     generation_config: Any
     criteria: Any
     processors: ProcessorSplit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from safecode_mllm.decoding import kv
 from safecode_mllm.decoding.branches import Branches
-from safecode_mllm.decoding.families import forward
+from safecode_mllm.decoding.families import ImageStates, forward
 
 # Caches are this much longer at a time, so that answers of similar length have steps of the same shape.
 LENGTH_STEP = 128
@@ -43,6 +43,7 @@ class StaticBranches:
         self._whole_positions = torch.cat([branches.next_positions] * branches.copies, self.row_dim)
         self.column = torch.zeros(1, dtype=torch.long, device=device)
         self.tokens = torch.zeros(self.rows, dtype=torch.long, device=device)
+        self._whole_images: ImageStates | None = None
         self.load(branches)
 
     def load(self, branches: Branches) -> None:
@@ -55,7 +56,10 @@ class StaticBranches:
         self._whole_positions.copy_(torch.cat([branches.next_positions] * branches.copies, self.row_dim))
         self.mask, self.positions = self._whole_mask, self._whole_positions
         self.column.fill_(prompt)
-        self.copies, self.images = self._all_copies, branches.images
+        if branches.images is not None:
+            self._whole_images = self._whole_images or branches.images
+            self._whole_images.load(branches.images)
+        self.copies, self.images = self._all_copies, self._whole_images
 
     @property
     def has_noised(self) -> bool:
