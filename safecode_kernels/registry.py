@@ -6,6 +6,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import cast
 
 import torch
@@ -28,6 +29,7 @@ class Backend:
         dtypes: logit dtypes that it reads.
         priority: the automatic choice takes the highest that can serve.
         probe: returns None if it can run on this machine, else one sentence that says why not.
+        refuses: returns None if it serves this device, which is of its types, else one sentence that says why not.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     priority: int
     probe: Callable[[], str | None]
+    refuses: Callable[[torch.device], str | None] = lambda device: None
 
     def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return None if it serves logits of this device and dtype here, else one sentence that says why not."""
@@ -43,7 +46,7 @@ class Backend:
             return f"it runs on {', '.join(self.devices)}, not on {device.type}"
         if dtype not in self.dtypes:
             return f"it reads {', '.join(str(d) for d in self.dtypes)}, not {dtype}"
-        return self.probe()
+        return self.refuses(device) or self.probe()
 
     def load(self) -> Kernels:
         """Import and return its functions."""
@@ -58,6 +61,34 @@ def _probe_native_cpu() -> str | None:
     return None
 
 
+@cache
+def _why_no_triton() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); builds of torch with CUDA bring it, else pip install triton"
+    return None
+
+
+def _triton_interprets() -> bool:
+    """Whether Triton runs kernels on the CPU: slowly, for tests."""
+    return _why_no_triton() is None and bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+def _probe_triton() -> str | None:
+    if reason := _why_no_triton():
+        return reason
+    if torch.cuda.is_available() or _triton_interprets():
+        return None
+    return "there is no CUDA device (and Triton's interpreter, which tests switch on by TRITON_INTERPRET=1, is off)"
+
+
+def _triton_refuses(device: torch.device) -> str | None:
+    if device.type == "cpu" and not _triton_interprets():
+        return "it runs on CUDA devices (on the CPU only in Triton's interpreter, TRITON_INTERPRET=1, for tests)"
+    return None
+
+
 _BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="native_cpu",
@@ -66,6 +97,15 @@ _BACKENDS: tuple[Backend, ...] = (
         dtypes=LOGIT_DTYPES,
         priority=10,
         probe=_probe_native_cpu,
+    ),
+    Backend(
+        name="triton",
+        module="safecode_kernels.backends.triton",
+        devices=("cuda", "cpu"),
+        dtypes=LOGIT_DTYPES,
+        priority=5,
+        probe=_probe_triton,
+        refuses=_triton_refuses,
     ),
     Backend(
         name="eager",

@@ -21,6 +21,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fixed")
 
 # Read before the tests hide it from the code under test: what it names may not be skipped.
+# Where a back end is tested that these tests skip, because it cannot run on the CPU or would take too long.
+ELSEWHERE = {"triton": "; tested by test_triton.py, which test_triton_interpreted.py runs in that interpreter"}
 REQUIRED = {name.strip() for name in os.environ.get("SAFECODE_REQUIRE", "").split(",") if name.strip()}
 
 
@@ -48,7 +50,7 @@ def usable_or_skip(name: str) -> str:
     if reason and name in REQUIRED:
         pytest.fail(f"SAFECODE_REQUIRE names {name}, which cannot run: {reason}")
     if reason:
-        pytest.skip(f"{name}: {reason}")
+        pytest.skip(f"{name}: {reason}{ELSEWHERE.get(name, '')}")
     return name
 
 

@@ -1,0 +1,177 @@
+"""Kernels of scores mode and of the draw from processed scores. B rows, V tokens, S slices per row.
+
+    max_slices      grid (S, B)    best rank of each slice
+    gather_slices   grid (S, B)    only for rows whose bias has a scope: their scores before it
+    scope_rows      grid (B)       the score from which on the bias is given
+    score_slices    grid (S, B)    scores, biased clean logits
+    keep_slices     grid (S, B)    which tokens pass the cut, and the row's status
+
+The draw is max_slices, then race_slices and merge_slices of step.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .memory import kth_of_row, score_range
+from .numbers import (
+    FAULT_INFINITE,
+    INF,
+    NEG_INF,
+    NO_FAULT,
+    OK,
+    RANK_NEG_INF,
+    rank_of,
+    status_of_best,
+    status_of_fault,
+    status_of_rank,
+    value_of,
+)
+from .places import MAX_SLICES, logits_of_row
+from .rows import (
+    LOG_BETA,
+    Parameters,
+    biased,
+    contrasted,
+    gather_floor,
+    is_gathered,
+    is_scoped,
+    load_contrast,
+    overflows,
+)
+from .shapes import NOT_SPECIALIZED
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def max_slices(logits, stride, ranks, vocab_size, slice_size, BLOCK: tl.constexpr):
+    """Write the largest rank of one slice of one row to ranks int32 [B, 64]."""
+    index = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    begin = index * slice_size
+    end = tl.minimum(begin + slice_size, vocab_size)
+    lane = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], RANK_NEG_INF, tl.int32)
+    for start in range(begin, end, BLOCK):
+        x = tl.load(logits + row * stride + start + lane, mask=lane < end - start, other=NEG_INF).to(tl.float32)
+        best = tl.maximum(best, rank_of(x))
+    tl.store(ranks + row * MAX_SLICES + index, tl.max(best, 0))
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def gather_slices(
+    clean, clean_stride, noised, noised_stride, has_noised, packed, words, words_per_row, mask_ids,
+    ranks, scratch_x,
+    batch, vocab_size, padded_size, slice_size,
+    MEMORY_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the scores of the gathered tokens of one slice before the bias to scratch_x [B, padded V], others -inf."""
+    index = tl.program_id(0)
+    row = tl.program_id(1)
+    contrast = load_contrast(Parameters(packed, batch, has_noised, words, words_per_row, mask_ids), row)
+    if is_scoped(contrast):
+        logits = logits_of_row(clean, clean_stride, noised, noised_stride, vocab_size, row)
+        floor = gather_floor(_best_of_row(ranks, row), contrast)
+        begin = index * slice_size
+        end = tl.minimum(begin + slice_size, vocab_size)
+        out = scratch_x + row.to(tl.int64) * padded_size
+        score_range(logits, begin, end, floor, contrast, 0.0, 1.0, out, MEMORY_BLOCK)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def scope_rows(
+    has_noised, packed, words, words_per_row, mask_ids, scratch_x, chosen_x, thresholds,
+    batch, vocab_size, padded_size,
+    MEMORY_BLOCK: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """Write the score that a token of one row needs for the bias to thresholds float32 [B]."""
+    row = tl.program_id(0)
+    contrast = load_contrast(Parameters(packed, batch, has_noised, words, words_per_row, mask_ids), row)
+    threshold = tl.full([], NEG_INF, tl.float32)
+    if is_scoped(contrast):
+        row64 = row.to(tl.int64)
+        x = scratch_x + row64 * padded_size
+        best = tl.full([], INF, tl.float32)  # nothing is better, and more is not known
+        threshold = kth_of_row(x, vocab_size, contrast.scope, best, chosen_x + row64 * ROOM, MEMORY_BLOCK, ROOM)
+    tl.store(thresholds + row, threshold)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def score_slices(
+    clean, clean_stride, noised, noised_stride, has_noised, packed, words, words_per_row, mask_ids,
+    ranks, thresholds, out_scores, out_biased_clean, faults, best_scores, best_biased,
+    batch, vocab_size, slice_size,
+    MEMORY_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write scores and biased clean logits of one slice, and per slice their fault and the best of both."""
+    index = tl.program_id(0)
+    row = tl.program_id(1)
+    logits = logits_of_row(clean, clean_stride, noised, noised_stride, vocab_size, row)
+    contrast = load_contrast(Parameters(packed, batch, has_noised, words, words_per_row, mask_ids), row)
+    floor = gather_floor(_best_of_row(ranks, row), contrast)
+    threshold = tl.load(thresholds + row)
+    out = row.to(tl.int64) * vocab_size
+    begin = index * slice_size
+    end = tl.minimum(begin + slice_size, vocab_size)
+    lane = tl.arange(0, MEMORY_BLOCK)
+    fault = tl.full([MEMORY_BLOCK], NO_FAULT, tl.int32)
+    best_s = tl.full([MEMORY_BLOCK], NEG_INF, tl.float32)
+    best = tl.full([MEMORY_BLOCK], NEG_INF, tl.float32)
+    for start in range(begin, end, MEMORY_BLOCK):
+        inside = lane < end - start
+        z = tl.load(logits.clean + start + lane, mask=inside, other=NEG_INF).to(tl.float32)
+        gathered = is_gathered(z, floor, contrast)
+        s, found = contrasted(z, logits.noised + start + lane, inside, gathered, contrast)
+        s, biased_clean = biased(s, z, start + lane, inside, threshold, contrast.bias, contrast)
+        found = tl.maximum(found, tl.where(overflows(s, gathered), FAULT_INFINITE, NO_FAULT))
+        fault = tl.maximum(fault, found)
+        s = tl.where(s < INF, s, NEG_INF)
+        best_s = tl.maximum(best_s, s)
+        best = tl.maximum(best, tl.where(s > NEG_INF, biased_clean, NEG_INF))
+        tl.store(out_scores + out + start + lane, s, mask=inside)
+        tl.store(out_biased_clean + out + start + lane, biased_clean, mask=inside)
+    place = row.to(tl.int64) * MAX_SLICES + index
+    tl.store(faults + place, tl.max(fault, 0))
+    tl.store(best_scores + place, tl.max(best_s, 0))
+    tl.store(best_biased + place, tl.max(best, 0))
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def keep_slices(
+    packed, ranks, faults, best_scores, best_biased, out_scores, out_biased_clean, out_keep, out_status,
+    batch, vocab_size, slice_size,
+    MEMORY_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write which tokens of one slice pass the cut; a row that failed is emptied."""
+    index = tl.program_id(0)
+    row = tl.program_id(1)
+    slot = row.to(tl.int64) * MAX_SLICES + tl.arange(0, MAX_SLICES)
+    status = status_of_rank(tl.max(tl.load(ranks + slot), 0))
+    status = tl.where(status == OK, status_of_fault(tl.max(tl.load(faults + slot), 0)), status)
+    failed = status != OK
+    status = tl.where(failed, status, status_of_best(tl.max(tl.load(best_scores + slot), 0)))
+    floor = tl.max(tl.load(best_biased + slot), 0) + tl.load(packed + row + LOG_BETA * batch).to(tl.float32)
+    place = row.to(tl.int64) * vocab_size
+    begin = index * slice_size
+    end = tl.minimum(begin + slice_size, vocab_size)
+    lane = tl.arange(0, MEMORY_BLOCK)
+    for start in range(begin, end, MEMORY_BLOCK):
+        inside = lane < end - start
+        here = place + start + lane
+        if failed:
+            tl.store(out_scores + here, NEG_INF, mask=inside)
+            tl.store(out_biased_clean + here, NEG_INF, mask=inside)
+            tl.store(out_keep + here, tl.full([MEMORY_BLOCK], False, tl.int1), mask=inside)
+        else:
+            s = tl.load(out_scores + here, mask=inside, other=NEG_INF)
+            b = tl.load(out_biased_clean + here, mask=inside, other=NEG_INF)
+            tl.store(out_keep + here, (s > NEG_INF) & (b >= floor), mask=inside)
+    if index == 0:
+        tl.store(out_status + row, status)
+
+
+@triton.jit
+def _best_of_row(ranks, row):
+    """Return the best clean logit of a row, NaN if one is NaN."""
+    slot = row.to(tl.int64) * MAX_SLICES + tl.arange(0, MAX_SLICES)
+    return value_of(tl.max(tl.load(ranks + slot), 0))
