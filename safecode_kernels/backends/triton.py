@@ -64,7 +64,7 @@ def scores(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask |
     }
     if mask is not None:
         values["mask_ids"] = mask.mask_id.contiguous()
-    by_slice = (split.slices, batch)
+    by_slice = (batch, split.slices)
     with _on(device):
         _launch(scores_kernels.max_slices, by_slice, {**values, "logits": clean, "stride": clean.stride(0)})
         if rows.any_bias and rows.max_scope:
@@ -98,8 +98,8 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
     }
     with _on(device):
         maxima = {**values, "logits": scores, "stride": scores.stride(0), "ranks": values["plan_ranks"]}
-        _launch(scores_kernels.max_slices, (split.slices, batch), maxima)
-        _launch(step_kernels.race_slices, (split.slices, batch), values)
+        _launch(scores_kernels.max_slices, (batch, split.slices), maxima)
+        _launch(step_kernels.race_slices, (batch, split.slices), values)
         _launch(step_kernels.merge_slices, (batch,), values)
     return result
 
@@ -151,10 +151,9 @@ class TritonStep:
             **_key(key, batch, device),
             **_scratch(batch, split, sizes, device),
             "packed": rows.packed.contiguous(),
-            "SOME_UNCUT": rows.any_dense,
             "some_uncut": int(rows.any_dense),
         }
-        by_slice, by_row = (split.slices, batch), (batch,)
+        by_slice, by_row = (batch, split.slices), (batch,)
         self._launches: list[tuple[Any, tuple[int, ...]]] = []
         if rows.any_dense or batch <= sizes.max_split_rows:
             self._launches += [(step_kernels.scan_slices, by_slice), (step_kernels.finish_rows, by_row)]

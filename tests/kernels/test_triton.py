@@ -138,6 +138,14 @@ def test_awkward_rows_of_every_dtype_with_the_real_sizes(kind, dtype):
         assert_scores_as_good_as_eager(case)
 
 
+@pytest.mark.slow
+def test_a_long_vocabulary_has_longer_slices_and_no_more_of_them(monkeypatch):
+    use_sizes(monkeypatch, block=128, memory_block=256, tile=128, log_room=5)
+    case = make_case(2, batch=4, vocab_size=20_011, params=StepParams(plausibility_beta=[0.0, 0.1, 0.5, 0.9]))
+    assert_equals_eager(case)
+    assert_scores_as_good_as_eager(case)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_k": 200, "top_p": 0.9}, {"top_p": 0.95, "min_p": 0.6}])
 def test_rows_with_more_candidates_than_any_buffer(form, beta, filters):
@@ -217,6 +225,16 @@ def test_status_and_precedence(form):
         this = replace(case, params=params, refusal_mask=None)
         assert run(this).status.tolist() == expected
         assert run_scores(this).status.tolist() == expected
+
+
+def test_draw_status():
+    rows = [[NAN, INF], [0.0, INF], [-INF, -INF], [0.0, -INF]]
+    for greedy in (True, False):
+        result = sk.draw(torch.tensor(rows, device=DEVICE), seeds=3, greedy=greedy, backend="triton")
+        assert result.status.tolist() == [1, 4, 3, 0]
+        assert result.token.tolist() == [0] * 4
+        assert result.n_kept.tolist() == [0, 0, 0, 1]
+        assert result.logprob.tolist() == [-INF, -INF, -INF, 0.0]
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 1}, {"top_p": 0.9}])

@@ -1,10 +1,10 @@
 """Kernels of scores mode and of the draw from processed scores. B rows, V tokens, S slices per row.
 
-    max_slices      grid (S, B)    best rank of each slice
-    gather_slices   grid (S, B)    only for rows whose bias has a scope: their scores before it
+    max_slices      grid (B, S)    best rank of each slice
+    gather_slices   grid (B, S)    only for rows whose bias has a scope: their scores before it
     scope_rows      grid (B)       the score from which on the bias is given
-    score_slices    grid (S, B)    scores, biased clean logits
-    keep_slices     grid (S, B)    which tokens pass the cut, and the row's status
+    score_slices    grid (B, S)    scores, biased clean logits
+    keep_slices     grid (B, S)    which tokens pass the cut, and the row's status
 
 The draw is max_slices, then race_slices and merge_slices of step.py.
 """
@@ -46,8 +46,8 @@ from .shapes import NOT_SPECIALIZED
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def max_slices(logits, stride, ranks, vocab_size, slice_size, BLOCK: tl.constexpr):
     """Write the largest rank of one slice of one row to ranks int32 [B, 64]."""
-    index = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0)
+    index = tl.program_id(1).to(tl.int64)
     begin = index * slice_size
     end = tl.minimum(begin + slice_size, vocab_size)
     lane = tl.arange(0, BLOCK)
@@ -66,8 +66,8 @@ def gather_slices(
     MEMORY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the scores of the gathered tokens of one slice before the bias to scratch_x [B, padded V], others -inf."""
-    index = tl.program_id(0)
-    row = tl.program_id(1)
+    row = tl.program_id(0)
+    index = tl.program_id(1)
     contrast = load_contrast(Parameters(packed, batch, has_noised, words, words_per_row, mask_ids), row)
     if is_scoped(contrast):
         logits = logits_of_row(clean, clean_stride, noised, noised_stride, vocab_size, row)
@@ -104,8 +104,8 @@ def score_slices(
     MEMORY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write scores and biased clean logits of one slice, and per slice their fault and the best of both."""
-    index = tl.program_id(0)
-    row = tl.program_id(1)
+    row = tl.program_id(0)
+    index = tl.program_id(1)
     logits = logits_of_row(clean, clean_stride, noised, noised_stride, vocab_size, row)
     contrast = load_contrast(Parameters(packed, batch, has_noised, words, words_per_row, mask_ids), row)
     floor = gather_floor(_best_of_row(ranks, row), contrast)
@@ -143,8 +143,8 @@ def keep_slices(
     MEMORY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write which tokens of one slice pass the cut; a row that failed is emptied."""
-    index = tl.program_id(0)
-    row = tl.program_id(1)
+    row = tl.program_id(0)
+    index = tl.program_id(1)
     slot = row.to(tl.int64) * MAX_SLICES + tl.arange(0, MAX_SLICES)
     status = status_of_rank(tl.max(tl.load(ranks + slot), 0))
     status = tl.where(status == OK, status_of_fault(tl.max(tl.load(faults + slot), 0)), status)

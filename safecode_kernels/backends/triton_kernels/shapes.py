@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...errors import ArgumentError
+
 # Slots per row for what is known of its slices; a longer vocabulary gets longer slices, never more of them.
 MAX_SLICES = 64
+# Positions are int32, and a program looks a block beyond the end.
+MAX_VOCAB_SIZE = 2**31 - 2**16
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,9 @@ WARPS = {
     "score_slices": 8,
     "keep_slices": 8,
 }
-# Registers that a thread may have, where the assembler would rather spill some than lose a second program per SM.
-MAX_REGISTERS = {"finish_rows": 255, "rest_rows": 255}
+# Registers that a thread may have, where the assembler's own choice is worse: a scan needs two programs per SM, so that
+# one reads while the other thinks; the others it would let spill to make room for a second, which few rows have.
+MAX_REGISTERS = {"scan_slices": 128, "finish_rows": 255, "rest_rows": 255}
 
 
 def options_of(kernel_name: str) -> dict[str, int | bool]:
@@ -83,7 +88,13 @@ def options_of(kernel_name: str) -> dict[str, int | bool]:
 
 
 def split_rows(batch: int, vocab_size: int, sizes: Sizes) -> Split:
-    """Return how the rows of logits [B, V] are cut."""
+    """Return how the rows of logits [B, V] are cut.
+
+    Raises:
+        ArgumentError: the vocabulary is too large for the int32 positions of the kernels.
+    """
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise ArgumentError(f"vocab_size={vocab_size}; legal for the back end triton: at most {MAX_VOCAB_SIZE}")
     blocks = -(-vocab_size // sizes.block)
     per_slice = blocks if batch > sizes.max_split_rows else -(-blocks // MAX_SLICES)
     slices = -(-blocks // per_slice)

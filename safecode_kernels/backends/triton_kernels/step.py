@@ -1,10 +1,10 @@
 """Kernels of the decode step. B rows, V tokens, S slices per row; places.py has the tensors between them.
 
-    scan_slices    grid (S, B)    candidates of each slice, or x of rows without a cut
+    scan_slices    grid (B, S)    candidates of each slice, or x of rows without a cut
     finish_rows    grid (B)       the result of rows whose candidates fit in a tile
     decode_rows    grid (B)       both in one program per row, for many rows
     rest_rows      grid (B)       the other rows; of rows without a cut perhaps only what has to race
-    race_slices    grid (S, B)    that race, in slices
+    race_slices    grid (B, S)    that race, in slices
     merge_slices   grid (B)       its result
 
 The last two are launched only if a row may have beta 0. A program of rest_rows that finds nothing to do ends at once.
@@ -31,19 +31,19 @@ from .tile import logprob_of
 def scan_slices(
     clean, clean_stride, noised, noised_stride, has_noised, packed, words, words_per_row, mask_ids,
     ints, floats,
-    batch, vocab_size, padded_size, slice_size,
-    SOME_UNCUT: tl.constexpr, BLOCK: tl.constexpr, MEMORY_BLOCK: tl.constexpr, ROOM: tl.constexpr,
+    batch, vocab_size, padded_size, slice_size, some_uncut,
+    BLOCK: tl.constexpr, MEMORY_BLOCK: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """Read one slice of one row. SOME_UNCUT: rows may have beta 0, whose x is written instead of candidates."""
-    index = tl.program_id(0)
-    row = tl.program_id(1)
+    """Write the candidates of one slice of one row; its x if it has beta 0 and `some_uncut` says that rows may."""
+    row = tl.program_id(0)
+    index = tl.program_id(1)
     logits = logits_of_row(clean, clean_stride, noised, noised_stride, vocab_size, row)
     parameters = Parameters(packed, batch, has_noised, words, words_per_row, mask_ids)
     contrast = load_contrast(parameters, row)
     scratch = scratch_of_row(ints, floats, padded_size, ROOM, row)
     begin = index * slice_size
     end = tl.minimum(begin + slice_size, vocab_size)
-    if (contrast.log_beta == NEG_INF) & SOME_UNCUT:
+    if (contrast.log_beta == NEG_INF) & (some_uncut != 0):
         temperature = load_sampler(parameters, row).temperature
         later = is_scoped(contrast)  # then bias and temperature have to wait for the best scores of the row
         bias_now = tl.where(later, 0.0, contrast.bias)
@@ -155,13 +155,13 @@ def race_slices(
 
     scores and tokens [B, V] have the same stride; tokens are read only where they are a list.
     """
-    index = tl.program_id(0)
-    row = tl.program_id(1)
+    row = tl.program_id(0)
+    index = tl.program_id(1)
     plan = plan_of_row(plan_left, plan_listed, plan_ranks, row)
     count = tl.load(plan.left)
     best_rank = tl.max(tl.load(plan.ranks + tl.arange(0, MAX_SLICES)), 0)
     if (count > 0) & (status_of_rank(best_rank) == OK):
-        share = tl.cdiv(tl.cdiv(count, tl.num_programs(0)), MEMORY_BLOCK) * MEMORY_BLOCK
+        share = tl.cdiv(tl.cdiv(count, tl.num_programs(1)), MEMORY_BLOCK) * MEMORY_BLOCK
         begin = index * share
         end = tl.minimum(begin + share, count)
         row64 = row.to(tl.int64)
