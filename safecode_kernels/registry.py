@@ -17,6 +17,9 @@ from .settings import BACKEND_VARIABLE, REQUIRE_VARIABLE, read_settings
 
 _log = logging.getLogger(__name__)
 
+# The oldest that the Triton kernels are compiled for in the tests: bfloat16 and asynchronous copies begin with it.
+LEAST_CAPABILITY = (8, 0)
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -78,14 +81,20 @@ def _triton_interprets() -> bool:
 def _probe_triton() -> str | None:
     if reason := _why_no_triton():
         return reason
-    if torch.cuda.is_available() or _triton_interprets():
+    if _triton_interprets():
         return None
-    return "there is no CUDA device (and Triton's interpreter, which tests switch on by TRITON_INTERPRET=1, is off)"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device (and Triton's interpreter, which tests switch on by TRITON_INTERPRET=1, is off)"
+    return "its kernels are made for NVIDIA devices, not for ROCm's" if torch.version.hip else None
 
 
 def _triton_refuses(device: torch.device) -> str | None:
-    if device.type == "cpu" and not _triton_interprets():
+    if _triton_interprets():
+        return None
+    if device.type == "cpu":
         return "it runs on CUDA devices (on the CPU only in Triton's interpreter, TRITON_INTERPRET=1, for tests)"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return f"{device} is older than compute capability {'.'.join(map(str, LEAST_CAPABILITY))}"
     return None
 
 

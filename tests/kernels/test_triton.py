@@ -257,6 +257,14 @@ def test_temperature_divides_and_is_not_multiplied_by_the_reciprocal(form):
     assert sk.decode_step(rows, None, params, seeds=0, backend="triton").n_kept.tolist() == [2] * 4
 
 
+def test_top_p_keeps_while_the_mass_before_is_below(form):
+    clean = torch.zeros(6, 4, device=DEVICE)
+    params = sampling(top_p=[0.25, 0.26, 0.74] * 2, plausibility_beta=[0.0] * 3 + [0.1] * 3)
+    result = sk.decode_step(clean, None, params, seeds=0, backend="triton")
+    assert result.n_kept.tolist() == [1, 2, 3] * 2
+    assert result.token[[0, 3]].tolist() == [0, 0]
+
+
 def test_top_p_mass_is_float64(form):
     tail = torch.tensor([-6.3])
     share = 1 / (1 + 1000 * math.exp(float(tail)))  # of the best token; float32 would miss it by more than 1e-9

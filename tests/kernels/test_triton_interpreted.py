@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import safecode_kernels as sk
 from kernels.conftest import REQUIRED
@@ -16,6 +17,10 @@ from kernels.conftest import REQUIRED
 ROOT = Path(__file__).resolve().parents[2]
 # Fewer would mean that most were skipped or not found.
 FEWEST = {"not slow": 60, "slow": 30}
+
+
+def record() -> sk.Backend:
+    return next(backend for backend in sk.list_backends() if backend.name == "triton")
 
 
 @pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
@@ -59,7 +64,19 @@ def test_it_is_passed_over_where_triton_is_missing(monkeypatch):
     registry._why_no_triton.cache_clear()
     try:
         assert sk.resolve().name != "triton"
-        assert "triton cannot be imported" in sk.explain().reasons["triton"]
+        assert "triton cannot be imported" in record().probe()
     finally:
         monkeypatch.undo()
         registry._why_no_triton.cache_clear()
+
+
+def test_it_refuses_devices_that_its_kernels_are_not_made_for(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    cuda = torch.device("cuda:0")
+    assert record().supports(cuda, torch.float32) == "cuda:0 is older than compute capability 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert record().supports(cuda, torch.float32) is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert record().supports(cuda, torch.float32) == "its kernels are made for NVIDIA devices, not for ROCm's"
