@@ -15,7 +15,7 @@ from ..rng import MAX_STEP
 from .triton_kernels import scores as scores_kernels
 from .triton_kernels import step as step_kernels
 from .triton_kernels.numbers import RANK_NEG_INF
-from .triton_kernels.shapes import MAX_SLICES, SIZES, Sizes, Split, options_of, split_rows
+from .triton_kernels.shapes import MAX_SLICES, SIZES, Split, options_of, split_rows
 
 NEG_INF = -float("inf")
 
@@ -48,7 +48,7 @@ def scores(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask |
     )
     slots = (batch, MAX_SLICES)
     values = {
-        **_sizes(batch, vocab_size, split, SIZES),
+        **_sizes(batch, vocab_size, split),
         **_logits(clean, noised),
         **_masks(None if mask is None else mask.words, vocab_size, batch, device),
         "packed": rows.packed.contiguous(),
@@ -85,7 +85,7 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
     neutral = StepParams(contrast_weight=0, plausibility_beta=0, greedy=key is None)
     result = _empty_result(batch, device)
     values = {
-        **_sizes(batch, vocab_size, split, SIZES),
+        **_sizes(batch, vocab_size, split),
         **_key(key, batch, device),
         **_steps(0 if key is None else key.step, result.token),
         **_races(batch, device),
@@ -133,12 +133,10 @@ class TritonStep:
         refusal_mask: Tensor | None,
         key: DrawKey | None,
         reuse_results: bool = False,
-        sizes: Sizes | None = None,
     ):
-        sizes = sizes or SIZES
         batch, vocab_size = clean_shape
         device = rows.packed.device
-        split = split_rows(batch, vocab_size, sizes)
+        split = split_rows(batch, vocab_size, SIZES)
         self._shape = torch.Size(clean_shape)
         self._column_shape = self._shape[:1]
         self._dtype = dtype
@@ -146,16 +144,16 @@ class TritonStep:
         self._n_masks = 0 if refusal_mask is None else len(refusal_mask)
         self._reused = _empty_result(batch, device) if reuse_results else None
         self._values = {
-            **_sizes(batch, vocab_size, split, sizes),
+            **_sizes(batch, vocab_size, split),
             **_masks(refusal_mask, vocab_size, batch, device),
             **_key(key, batch, device),
-            **_scratch(batch, split, sizes, device),
+            **_scratch(batch, split, device),
             "packed": rows.packed.contiguous(),
             "some_uncut": int(rows.any_dense),
         }
         by_slice, by_row = (batch, split.slices), (batch,)
         self._launches: list[tuple[Any, tuple[int, ...]]] = []
-        if rows.any_dense or batch <= sizes.max_split_rows:
+        if rows.any_dense or batch <= SIZES.max_split_rows:
             self._launches += [(step_kernels.scan_slices, by_slice), (step_kernels.finish_rows, by_row)]
         else:
             self._launches += [(step_kernels.decode_rows, by_row)]
@@ -241,7 +239,7 @@ def _empty_result(batch: int, device: torch.device) -> StepResult:
 # ---- arguments of the kernels, by name ----
 
 
-def _sizes(batch: int, vocab_size: int, split: Split, sizes: Sizes) -> dict[str, int]:
+def _sizes(batch: int, vocab_size: int, split: Split) -> dict[str, int]:
     return {
         "batch": batch,
         "vocab_size": vocab_size,
@@ -249,11 +247,11 @@ def _sizes(batch: int, vocab_size: int, split: Split, sizes: Sizes) -> dict[str,
         "slices": split.slices,
         "slice_size": split.slice_size,
         "column_bits": split.column_bits,
-        "BLOCK": sizes.block,
-        "MEMORY_BLOCK": sizes.memory_block,
-        "TILE": sizes.tile,
-        "ROOM": sizes.room,
-        "LOG_ROOM": sizes.log_room,
+        "BLOCK": SIZES.block,
+        "MEMORY_BLOCK": SIZES.memory_block,
+        "TILE": SIZES.tile,
+        "ROOM": SIZES.room,
+        "LOG_ROOM": SIZES.log_room,
     }
 
 
@@ -290,9 +288,9 @@ def _steps(step: object, unused: Tensor) -> dict[str, Any]:
     return {"steps": step, "step_of_all": -1} if isinstance(step, Tensor) else {"steps": unused, "step_of_all": step}
 
 
-def _scratch(batch: int, split: Split, sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
+def _scratch(batch: int, split: Split, device: torch.device) -> dict[str, Tensor]:
     """What places.Scratch points into: 8 bytes per token of the vocabulary and row, of which few are touched."""
-    width = 2 * MAX_SLICES + sizes.room + split.padded_size
+    width = 2 * MAX_SLICES + SIZES.room + split.padded_size
     ints = torch.empty(batch, width, dtype=torch.int32, device=device)
     floats = torch.empty(batch, width, device=device)
     # Slots beyond the last slice are never written: they stay as they are here.

@@ -21,7 +21,7 @@ from kernels.conftest import REQUIRED
 from kernels.test_grid import BATCHES, KINDS, LARGE, SAMPLER, VOCABULARIES, flat
 from kernels.test_naive import assert_equal_rows, cases, naive_rows
 from kernels.triton_interpreter import patched_once_per_launch
-from safecode_kernels import Status, StepParams
+from safecode_kernels import Status, StepParams, rng
 from safecode_kernels.params import resolve_rows, unpack_rows
 from safecode_kernels.testing import LOGPROB_ATOL, Case, assert_step_equals, make_case, oracle_scores
 
@@ -247,14 +247,23 @@ def test_temperature_overflow_is_infinite(filters, beta):
 
 
 def test_temperature_divides_and_is_not_multiplied_by_the_reciprocal(form):
+    """In each of the places that divide: among few candidates, in a row without a cut, after a bias with a scope."""
     temperature = torch.tensor(1.7)
     below = torch.arange(1, 2000) / 128
     above = torch.nextafter(below, torch.tensor(math.inf))
     merged = below / temperature == above / temperature
     merged &= below * temperature.reciprocal() != above * temperature.reciprocal()
-    rows = torch.stack([below, above], dim=1)[merged][:4].to(DEVICE)
-    params = sampling(temperature=float(temperature), top_k=1, plausibility_beta=[0.0, 0.9] * 2)
-    assert sk.decode_step(rows, None, params, seeds=0, backend="triton").n_kept.tolist() == [2] * 4
+    rows = torch.stack([below, above], dim=1)[merged][:6].to(DEVICE)
+    params = sampling(
+        temperature=float(temperature),
+        top_k=1,
+        plausibility_beta=[0.9, 0.0, 0.0] * 2,
+        refusal_bias=1.0,
+        bias_scope=[0, 0, 1] * 2,
+    )
+    nothing = sk.pack_mask([], 2).to(DEVICE)
+    result = sk.decode_step(rows, None, params, seeds=0, refusal_mask=nothing, backend="triton")
+    assert result.n_kept.tolist() == [2] * 6
 
 
 def test_top_p_keeps_while_the_mass_before_is_below(form):
@@ -265,24 +274,84 @@ def test_top_p_keeps_while_the_mass_before_is_below(form):
     assert result.token[[0, 3]].tolist() == [0, 0]
 
 
-def test_top_p_mass_is_float64(form):
-    tail = torch.tensor([-6.3])
-    share = 1 / (1 + 1000 * math.exp(float(tail)))  # of the best token; float32 would miss it by more than 1e-9
-    clean = torch.cat([torch.zeros(1), tail.expand(1000)]).expand(4, -1).contiguous().to(DEVICE)
+@pytest.mark.parametrize("n_tail", [20, 1000])
+def test_top_p_mass_is_float64(form, n_tail):
+    tail = torch.tensor(0.5 - math.log(n_tail))
+    share = 1 / (1 + n_tail * math.exp(float(tail)))  # of the best token
+    assert abs(share - 1 / (1 + n_tail * float(tail.exp()))) > 2e-9, "float32 would do"
+    clean = torch.cat([torch.zeros(1), tail.expand(n_tail)]).expand(4, -1).contiguous().to(DEVICE)
     params = sampling(top_p=[share - 1e-9, share + 1e-9] * 2, plausibility_beta=[0.0, 0.0, 1e-9, 1e-9])
     assert sk.decode_step(clean, None, params, seeds=0, backend="triton").n_kept.tolist() == [1, 2, 1, 2]
 
 
-def test_a_bias_that_overflows_the_clean_logit(form):
-    """The score stays finite, but what the cut compares does not: with beta 0 it has no threshold and keeps nothing."""
-    clean, noised = torch.tensor([[3e38, 1.0]] * 3), torch.tensor([[3.2e38, 1.0]] * 3)
-    params = StepParams(contrast_weight=1.0, refusal_bias=1e38, plausibility_beta=[0.0, 0.1, 0.0], bias_scope=[0, 0, 1])
-    case = make_case(0, batch=3, vocab_size=2, params=params)
-    case = replace(case, clean=clean, noised=noised, refusal_mask=sk.pack_mask([0], 2), mask_id=torch.zeros(3).long())
-    expected = case.run("eager")
-    ours = run(case)
-    assert ours.status.tolist() == expected.status.tolist()
-    assert ours.token.tolist() == expected.token.tolist()
+# Three ways: few candidates, a row without a cut, and one whose bias has to wait for the best scores.
+WAYS = {"plausibility_beta": [0.1, 0.0, 0.0], "bias_scope": [0, 0, 1]}
+
+
+def biased_case(clean: list[float], noised: list[float] | None, **fields: float) -> Case:
+    """Three equal rows, decoded in the three ways, with the bias on token 0."""
+    params = StepParams(**WAYS, **fields)
+    return replace(
+        make_case(0, batch=3, vocab_size=2, params=params),
+        clean=torch.tensor([clean] * 3),
+        noised=None if noised is None else torch.tensor([noised] * 3),
+        refusal_mask=sk.pack_mask([0], 2),
+        mask_id=torch.zeros(3, dtype=torch.int64),
+    )
+
+
+def test_a_bias_that_overflows_the_score(form):
+    case = biased_case([3e38, 1.0], None, refusal_bias=1e38)
+    assert run(case).status.tolist() == [Status.INFINITE] * 3
+    assert run_scores(case).status.tolist() == [Status.INFINITE] * 3
+
+
+def test_a_bias_that_overflows_the_clean_logit_only(form):
+    """The score stays finite, what the cut compares does not: with beta 0 it has no threshold and keeps nothing."""
+    case = biased_case([2e38, 1.0], [3e38, 1.0], contrast_weight=0.5, refusal_bias=1.6e38)
+    assert case.run("eager").status.tolist() == [Status.OK, Status.NOTHING_FINITE, Status.NOTHING_FINITE]
+    assert_equals_eager(case)
+
+
+# ---- functions of the kernels, by themselves ----
+
+
+def test_bits_are_those_of_the_eager_generator():
+    from kernels.triton_probes import bits_of_tokens
+
+    tokens = torch.cat([torch.arange(48), 2**31 - 1 - torch.arange(16)])
+    seeds = torch.tensor([0, 1, 2**32, 2**63 - 1, 5])
+    stream = torch.tensor([0, 2**32 - 1, 7, 2**31, 5])
+    steps = torch.tensor([0, 2**32 + 3, 2**63 - 1, 1, 5])
+    out = torch.empty(5, 64, dtype=torch.int64, device=DEVICE)
+    arguments = [tensor.to(DEVICE) for tensor in (tokens.int(), seeds, stream, steps)]
+    bits_of_tokens[(5,)](*arguments, -1, out, N=64)
+    assert out.cpu().equal(rng.token_bits(tokens.expand(5, -1), seeds=seeds, stream=stream, step=steps))
+
+
+def test_gumbel_values_are_the_eager_ones_and_their_bounds_are_above():
+    from kernels.triton_probes import gumbel_of_bits
+
+    edges = [0, 1, 2, 3, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]
+    random = torch.randint(2**32, (56,), generator=torch.Generator().manual_seed(0))
+    bits = torch.cat([torch.tensor(edges), random])
+    value = torch.empty(64, dtype=torch.float64, device=DEVICE)
+    bound = torch.empty(64, device=DEVICE)
+    gumbel_of_bits[(1,)](bits.to(DEVICE), value, bound, N=64)
+    torch.testing.assert_close(value.cpu(), rng.gumbel(bits), atol=1e-14, rtol=1e-14)
+    assert (bound.cpu().double() >= rng.gumbel(bits)).all()
+
+
+def test_order_is_by_score_descending_and_id_ascending():
+    from kernels.triton_probes import order_of
+
+    x = torch.tensor([0.0, -0.0, 2.0, -1.0, -INF, 2.0, -3e38, 0.0] * 4)
+    tokens = torch.randperm(32, generator=torch.Generator().manual_seed(0)).int() * 60_000_000
+    ordered_x, ordered_tokens = torch.empty(32, device=DEVICE), torch.empty(32, dtype=torch.int32, device=DEVICE)
+    order_of[(1,)](x.to(DEVICE), tokens.to(DEVICE), ordered_x, ordered_tokens, LOG_N=5)
+    by_rule = sorted(range(32), key=lambda i: (-float(x[i]), int(tokens[i])))
+    assert ordered_tokens.tolist() == tokens[by_rule].tolist()
+    assert ordered_x.cpu().equal(x[by_rule] + 0.0)
 
 
 # ---- the prepared step ----
