@@ -56,6 +56,7 @@ def scores(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask |
         "faults": torch.zeros(slots, dtype=torch.int32, device=device),
         "best_scores": torch.full(slots, NEG_INF, device=device),
         "best_biased": torch.full(slots, NEG_INF, device=device),
+        "cuts": torch.full((batch,), NEG_INF, device=device),
         "thresholds": torch.full((batch,), NEG_INF, device=device),
         "out_scores": out.scores,
         "out_biased_clean": out.biased_clean,
@@ -67,11 +68,12 @@ def scores(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask |
     by_slice = (batch, split.slices)
     with _on(device):
         _launch(scores_kernels.max_slices, by_slice, {**values, "logits": clean, "stride": clean.stride(0)})
-        if rows.any_bias and rows.max_scope:
-            values["scratch_x"] = torch.empty(batch, split.padded_size, device=device)
+        if mask is not None and rows.any_bias:
+            values["best_gathered"] = torch.full(slots, NEG_INF, device=device)
+            values["scratch_x"] = torch.empty(batch if rows.max_scope else 0, split.padded_size, device=device)
             values["chosen_x"] = torch.empty(batch, SIZES.room, device=device)
             _launch(scores_kernels.gather_slices, by_slice, values)
-            _launch(scores_kernels.scope_rows, (batch,), values)
+            _launch(scores_kernels.bound_rows, (batch,), values)
         _launch(scores_kernels.score_slices, by_slice, values)
         _launch(scores_kernels.keep_slices, by_slice, values)
     return out

@@ -1,7 +1,8 @@
 """One pass over a clean row that keeps the few tokens that can pass the cut, and their scores.
 
 The threshold follows the largest logit met so far and only rises, so what is dropped stays dropped; what is kept too
-early is dropped at the end. The noised row is read at the tokens that are left.
+early is dropped at the end, and so is what only a bias could have lifted over the cut and does not: the scan reads no
+mask. The noised row is read at the tokens that are left.
 """
 
 from __future__ import annotations
@@ -10,7 +11,17 @@ import triton
 import triton.language as tl
 
 from .numbers import FAULT_INFINITE, NEG_INF, NO_FAULT, RANK_NEG_INF, rank_of, value_of
-from .rows import biased, contrasted, gather_floor, is_gathered, is_scoped, overflows
+from .rows import (
+    biased,
+    biased_clean_of,
+    contrasted,
+    cut_floor,
+    gather_floor,
+    is_gathered,
+    is_scoped,
+    narrows,
+    overflows,
+)
 from .tile import kth_best
 
 
@@ -47,9 +58,9 @@ def gather_range(logits, begin, end, contrast, tokens, values, LOADS_AHEAD: tl.c
 
 @triton.jit
 def collect(scratch, most, slice_size, column_bits, floor, contrast, TILE: tl.constexpr, ROOM: tl.constexpr):
-    """Move the candidates of all slices that reach the final floor to the chosen ones; return their number.
+    """Move the candidates among what the slices have gathered to the chosen ones; return their number.
 
-    Slice i has its counts[i] candidates from i * slice_size on. A tile takes 2**column_bits of each slice at a time,
+    Slice i has its counts[i] tokens from i * slice_size on. A tile takes 2**column_bits of each slice at a time,
     and no slice that matters has more than `most`. Beyond ROOM they are counted but not written.
     """
     chosen = tl.full([], 0, tl.int32)
@@ -58,13 +69,25 @@ def collect(scratch, most, slice_size, column_bits, floor, contrast, TILE: tl.co
     column = i & ((1 << column_bits) - 1)
     count = tl.load(scratch.counts + slice_index)
     place = slice_index.to(tl.int64) * slice_size + column
+    cut = tl.full([], NEG_INF, tl.float32)
+    if narrows(contrast):
+        best = tl.full([TILE], NEG_INF, tl.float32)
+        for first in range(0, most, 1 << column_bits):
+            inside = column < count - first
+            z = tl.load(scratch.row_x + place + first, mask=inside, other=NEG_INF)
+            keep = inside & is_gathered(z, floor, contrast)
+            token = tl.load(scratch.row_tokens + place + first, mask=keep, other=0)
+            best = tl.maximum(best, tl.where(keep, biased_clean_of(z, token, keep, contrast), NEG_INF))
+        cut = cut_floor(tl.max(best, 0), contrast.log_beta)
     for first in range(0, most, 1 << column_bits):
         inside = column < count - first
         z = tl.load(scratch.row_x + place + first, mask=inside, other=NEG_INF)
         keep = inside & is_gathered(z, floor, contrast)
+        token = tl.load(scratch.row_tokens + place + first, mask=keep, other=0)
+        if narrows(contrast):
+            keep = keep & (biased_clean_of(z, token, keep, contrast) >= cut)
         position = chosen + tl.cumsum(keep.to(tl.int32), 0) - 1
         fits = keep & (position < ROOM)
-        token = tl.load(scratch.row_tokens + place + first, mask=fits, other=0)
         tl.store(scratch.chosen_tokens + position, token, mask=fits)
         tl.store(scratch.chosen_x + position, z, mask=fits)
         chosen += tl.sum(keep.to(tl.int32), 0)
@@ -87,5 +110,5 @@ def score_chosen(count, logits, contrast, temperature, scratch, ROOM: tl.constex
     fault = tl.maximum(fault, tl.where(overflows(s, inside), FAULT_INFINITE, NO_FAULT))
     allowed = inside & (s > NEG_INF)
     best = tl.max(tl.where(allowed, biased_clean, NEG_INF), 0)
-    keep = allowed & (biased_clean >= best + contrast.log_beta)
+    keep = allowed & (biased_clean >= cut_floor(best, contrast.log_beta))
     return tl.where(keep, tl.div_rn(s, temperature), NEG_INF), token, tl.max(fault, 0)

@@ -12,9 +12,7 @@ import triton.language as tl
 
 from .draws import gumbel, race_bound, token_bits
 from .numbers import (
-    FAULT_EMPTY,
     FAULT_INFINITE,
-    INF,
     LOWEST,
     MAX_TOKEN,
     NEG_INF,
@@ -23,15 +21,27 @@ from .numbers import (
     rank_of,
     value_of,
 )
-from .rows import biased, contrasted, is_gathered, overflows
+from .rows import biased, biased_clean_of, contrasted, cut_floor, is_gathered, overflows
 from .tile import kth_best
 
 
 @triton.jit
-def score_range(logits, begin, end, floor, contrast, bias, temperature, values, BLOCK: tl.constexpr):
-    """Write (contrast + bias) / temperature of the tokens [begin, end), -inf where not gathered: all of x but the cut.
+def best_biased_range(logits, begin, end, floor, contrast, BLOCK: tl.constexpr):
+    """Return the best clean logit of what is gathered among [begin, end), with all of the mask biased."""
+    best = tl.full([BLOCK], NEG_INF, tl.float32)
+    lane = tl.arange(0, BLOCK)
+    for start in range(begin, end, BLOCK):
+        z = tl.load(logits.clean + start + lane, mask=lane < end - start, other=NEG_INF).to(tl.float32)
+        gathered = is_gathered(z, floor, contrast)
+        best = tl.maximum(best, tl.where(gathered, biased_clean_of(z, start + lane, gathered, contrast), NEG_INF))
+    return tl.max(best, 0)
 
-    Return fault, best clean rank, best x.
+
+@triton.jit
+def score_range(logits, begin, end, floor, cut, contrast, bias, temperature, values, BLOCK: tl.constexpr):
+    """Write (contrast + bias) / temperature of the tokens [begin, end), -inf if no candidate: all of x but the cut.
+
+    Candidates reach the floor, and with all of the mask biased `cut`. Return fault, best clean rank, best x.
     """
     fault = tl.full([BLOCK], NO_FAULT, tl.int32)
     best_rank = tl.full([BLOCK], RANK_NEG_INF, tl.int32)
@@ -41,21 +51,17 @@ def score_range(logits, begin, end, floor, contrast, bias, temperature, values, 
         inside = lane < end - start
         z = tl.load(logits.clean + start + lane, mask=inside, other=NEG_INF).to(tl.float32)
         best_rank = tl.maximum(best_rank, rank_of(z))
-        gathered = is_gathered(z, floor, contrast)
-        s, found = contrasted(z, logits.noised + start + lane, inside, gathered, contrast)
-        s, biased_clean = biased(s, z, start + lane, inside, NEG_INF, bias, contrast)
-        found = tl.maximum(found, tl.where(overflows(s, gathered), FAULT_INFINITE, NO_FAULT))
-        fault = tl.maximum(fault, tl.maximum(found, fault_of_cut(s, biased_clean)))
-        x = tl.where(gathered, tl.div_rn(s, temperature), NEG_INF)
+        candidate = is_gathered(z, floor, contrast)
+        if cut > NEG_INF:
+            candidate = candidate & (biased_clean_of(z, start + lane, candidate, contrast) >= cut)
+        s, found = contrasted(z, logits.noised + start + lane, inside, candidate, contrast)
+        s, _biased_clean = biased(s, z, start + lane, inside, NEG_INF, bias, contrast)
+        found = tl.maximum(found, tl.where(overflows(s, candidate), FAULT_INFINITE, NO_FAULT))
+        fault = tl.maximum(fault, found)
+        x = tl.where(candidate, tl.div_rn(s, temperature), NEG_INF)
         best_x = tl.maximum(best_x, x)
         tl.store(values + start + lane, x, mask=inside)
     return tl.max(fault, 0), tl.max(best_rank, 0), tl.max(best_x, 0)
-
-
-@triton.jit
-def fault_of_cut(s, biased_clean):
-    """Return the fault of tokens that are allowed but whose biased clean logit is +inf."""
-    return tl.where((s > NEG_INF) & (biased_clean == INF), FAULT_EMPTY, NO_FAULT)
 
 
 @triton.jit
@@ -84,7 +90,7 @@ def cut_range(logits, begin, end, threshold, best, contrast, temperature, values
         s = tl.load(values + start + lane, mask=inside, other=NEG_INF)
         z = tl.load(logits.clean + start + lane, mask=inside, other=NEG_INF).to(tl.float32)
         s, biased_clean = biased(s, z, start + lane, inside, threshold, contrast.bias, contrast)
-        keep = (s > NEG_INF) & (biased_clean >= best + contrast.log_beta)
+        keep = (s > NEG_INF) & (biased_clean >= cut_floor(best, contrast.log_beta))
         x = tl.where(keep, tl.div_rn(s, temperature), NEG_INF)
         best_x = tl.maximum(best_x, x)
         tl.store(values + start + lane, x, mask=inside)

@@ -18,9 +18,8 @@ INFINITE = tl.constexpr(int(Status.INFINITE))
 
 # What may be wrong with some of a row's scores; the largest fault of a row decides its status.
 NO_FAULT = tl.constexpr(0)
-FAULT_EMPTY = tl.constexpr(1)  # a biased clean logit is +inf: the cut has no finite threshold, and keeps nothing
-FAULT_INFINITE = tl.constexpr(2)
-FAULT_NAN = tl.constexpr(3)
+FAULT_INFINITE = tl.constexpr(1)
+FAULT_NAN = tl.constexpr(2)
 
 INF = tl.constexpr(math.inf)
 NEG_INF = tl.constexpr(-math.inf)
@@ -63,6 +62,5 @@ def status_of_best(best):
 @triton.jit
 def status_of_fault(fault):
     """Return the status of a row with this fault."""
-    status = tl.where(fault == FAULT_EMPTY, NOTHING_FINITE, OK)
-    status = tl.where(fault == FAULT_INFINITE, INFINITE, status)
+    status = tl.where(fault == FAULT_INFINITE, INFINITE, OK)
     return tl.where(fault == FAULT_NAN, NAN_NOISED, status)

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 
 from .finish import write_failure, write_result
-from .memory import bias_range, cut_range, filter_row, kth_of_row, race_range, score_range
+from .memory import best_biased_range, bias_range, cut_range, filter_row, kth_of_row, race_range, score_range
 from .numbers import NEG_INF, NO_FAULT, OK, rank_of, status_of_best, status_of_fault, status_of_rank, value_of
 from .places import DONE, MAX_SLICES, UNCUT
-from .rows import gather_floor, is_scoped
+from .rows import cut_floor, gather_floor, is_scoped, narrows
 from .tile import choose, logprob_of
 
 
@@ -32,7 +32,12 @@ def rest_of_row(
             best_x = tl.max(tl.load(scratch.best_x + slot), 0)
         else:
             floor = gather_floor(value_of(best_rank), contrast)
-            fault, _rank, best_x = score_range(logits, 0, logits.size, floor, contrast, 0.0, 1.0, scratch.row_x, BLOCK)
+            cut = tl.full([], NEG_INF, tl.float32)
+            if narrows(contrast):
+                cut = cut_floor(best_biased_range(logits, 0, logits.size, floor, contrast, BLOCK), contrast.log_beta)
+            fault, _rank, best_x = score_range(
+                logits, 0, logits.size, floor, cut, contrast, 0.0, 1.0, scratch.row_x, BLOCK
+            )
             tl.debug_barrier()
         status = tl.where(fault == NO_FAULT, status_of_best(best_x), status_of_fault(fault))
         if (fault == NO_FAULT) & ((state != UNCUT) | is_scoped(contrast)):

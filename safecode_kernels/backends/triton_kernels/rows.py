@@ -111,6 +111,19 @@ def is_gathered(z, floor, contrast):
 
 
 @triton.jit
+def cut_floor(best, log_beta):
+    """Return what a biased clean logit must reach to pass the cut, given the best one; with beta 0 nothing."""
+    return tl.where(log_beta == NEG_INF, NEG_INF, best + log_beta)
+
+
+@triton.jit
+def biased_clean_of(z, token, inside, contrast):
+    """Return z with the bias added to all tokens of the row's mask."""
+    _s, biased_clean = biased(z, z, token, inside, NEG_INF, contrast.bias, contrast)
+    return biased_clean
+
+
+@triton.jit
 def contrasted(z, noised, inside, gathered, contrast):
     """Return (1 + a) z - a n, both products rounded, and what is wrong with the tokens that are gathered.
 
@@ -152,3 +165,9 @@ def biased(s, z, token, inside, threshold, bias, contrast):
 def is_scoped(contrast):
     """Return whether the bias needs to know the best scores of the row first."""
     return (contrast.uses_bias != 0) & (contrast.scope > 0)
+
+
+@triton.jit
+def narrows(contrast):
+    """Return whether fewer tokens are candidates than are gathered: it is known who is biased, and it matters."""
+    return (contrast.uses_bias != 0) & (contrast.scope == 0) & (contrast.log_beta != NEG_INF)

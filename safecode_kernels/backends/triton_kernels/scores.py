@@ -1,12 +1,12 @@
 """Kernels of scores mode and of the draw from processed scores. B rows, V tokens, S slices per row.
 
     max_slices      grid (B, S)    best rank of each slice
-    gather_slices   grid (B, S)    only for rows whose bias has a scope: their scores before it
-    scope_rows      grid (B)       the score from which on the bias is given
+    gather_slices   grid (B, S)    best biased clean logit of each slice; the scores before a bias that has a scope
+    bound_rows      grid (B)       what a candidate must reach, and the score from which on the bias is given
     score_slices    grid (B, S)    scores, biased clean logits
     keep_slices     grid (B, S)    which tokens pass the cut, and the row's status
 
-The draw is max_slices, then race_slices and merge_slices of step.py.
+The second and third are launched only if a row may have a bias. The draw is max_slices, then race_slices and merge_slices of step.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .memory import kth_of_row, score_range
+from .memory import best_biased_range, kth_of_row, score_range
 from .numbers import (
     FAULT_INFINITE,
     INF,
@@ -33,11 +33,14 @@ from .rows import (
     LOG_BETA,
     Parameters,
     biased,
+    biased_clean_of,
     contrasted,
+    cut_floor,
     gather_floor,
     is_gathered,
     is_scoped,
     load_contrast,
+    narrows,
     overflows,
 )
 from .shapes import NOT_SPECIALIZED
@@ -61,45 +64,56 @@ def max_slices(logits, stride, ranks, vocab_size, slice_size, BLOCK: tl.constexp
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def gather_slices(
     clean, clean_stride, noised, noised_stride, has_noised, packed, words, words_per_row, mask_ids,
-    ranks, scratch_x,
+    ranks, scratch_x, best_gathered,
     batch, vocab_size, padded_size, slice_size,
     MEMORY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the scores of the gathered tokens of one slice before the bias to scratch_x [B, padded V], others -inf."""
+    """Write the best biased clean logit of what one slice gathers to best_gathered float32 [B, 64].
+
+    If its bias has a scope: the scores of these tokens before it to scratch_x [B, padded V], others -inf.
+    """
     row = tl.program_id(0)
     index = tl.program_id(1)
     contrast = load_contrast(Parameters(packed, batch, has_noised, words, words_per_row, mask_ids), row)
+    logits = logits_of_row(clean, clean_stride, noised, noised_stride, vocab_size, row)
+    floor = gather_floor(_best_of_row(ranks, row), contrast)
+    begin = index * slice_size
+    end = tl.minimum(begin + slice_size, vocab_size)
     if is_scoped(contrast):
-        logits = logits_of_row(clean, clean_stride, noised, noised_stride, vocab_size, row)
-        floor = gather_floor(_best_of_row(ranks, row), contrast)
-        begin = index * slice_size
-        end = tl.minimum(begin + slice_size, vocab_size)
         out = scratch_x + row.to(tl.int64) * padded_size
-        score_range(logits, begin, end, floor, contrast, 0.0, 1.0, out, MEMORY_BLOCK)
+        score_range(logits, begin, end, floor, NEG_INF, contrast, 0.0, 1.0, out, MEMORY_BLOCK)
+    elif narrows(contrast):
+        best = best_biased_range(logits, begin, end, floor, contrast, MEMORY_BLOCK)
+        tl.store(best_gathered + row.to(tl.int64) * MAX_SLICES + index, best)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def scope_rows(
-    has_noised, packed, words, words_per_row, mask_ids, scratch_x, chosen_x, thresholds,
+def bound_rows(
+    has_noised, packed, words, words_per_row, mask_ids, scratch_x, best_gathered, chosen_x, cuts, thresholds,
     batch, vocab_size, padded_size,
     MEMORY_BLOCK: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """Write the score that a token of one row needs for the bias to thresholds float32 [B]."""
+    """Write what candidates of one row must reach to cuts, the score that earns the bias to thresholds, float32 [B]."""
     row = tl.program_id(0)
     contrast = load_contrast(Parameters(packed, batch, has_noised, words, words_per_row, mask_ids), row)
     threshold = tl.full([], NEG_INF, tl.float32)
+    cut = tl.full([], NEG_INF, tl.float32)
+    row64 = row.to(tl.int64)
     if is_scoped(contrast):
-        row64 = row.to(tl.int64)
         x = scratch_x + row64 * padded_size
         best = tl.full([], INF, tl.float32)  # nothing is better, and more is not known
         threshold = kth_of_row(x, vocab_size, contrast.scope, best, chosen_x + row64 * ROOM, MEMORY_BLOCK, ROOM)
+    elif narrows(contrast):
+        slot = row64 * MAX_SLICES + tl.arange(0, MAX_SLICES)
+        cut = cut_floor(tl.max(tl.load(best_gathered + slot), 0), contrast.log_beta)
     tl.store(thresholds + row, threshold)
+    tl.store(cuts + row, cut)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def score_slices(
     clean, clean_stride, noised, noised_stride, has_noised, packed, words, words_per_row, mask_ids,
-    ranks, thresholds, out_scores, out_biased_clean, faults, best_scores, best_biased,
+    ranks, cuts, thresholds, out_scores, out_biased_clean, faults, best_scores, best_biased,
     batch, vocab_size, slice_size,
     MEMORY_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -109,6 +123,7 @@ def score_slices(
     logits = logits_of_row(clean, clean_stride, noised, noised_stride, vocab_size, row)
     contrast = load_contrast(Parameters(packed, batch, has_noised, words, words_per_row, mask_ids), row)
     floor = gather_floor(_best_of_row(ranks, row), contrast)
+    cut = tl.load(cuts + row)
     threshold = tl.load(thresholds + row)
     out = row.to(tl.int64) * vocab_size
     begin = index * slice_size
@@ -120,10 +135,12 @@ def score_slices(
     for start in range(begin, end, MEMORY_BLOCK):
         inside = lane < end - start
         z = tl.load(logits.clean + start + lane, mask=inside, other=NEG_INF).to(tl.float32)
-        gathered = is_gathered(z, floor, contrast)
-        s, found = contrasted(z, logits.noised + start + lane, inside, gathered, contrast)
+        candidate = is_gathered(z, floor, contrast)
+        if cut > NEG_INF:
+            candidate = candidate & (biased_clean_of(z, start + lane, candidate, contrast) >= cut)
+        s, found = contrasted(z, logits.noised + start + lane, inside, candidate, contrast)
         s, biased_clean = biased(s, z, start + lane, inside, threshold, contrast.bias, contrast)
-        found = tl.maximum(found, tl.where(overflows(s, gathered), FAULT_INFINITE, NO_FAULT))
+        found = tl.maximum(found, tl.where(overflows(s, candidate), FAULT_INFINITE, NO_FAULT))
         fault = tl.maximum(fault, found)
         s = tl.where(s < INF, s, NEG_INF)
         best_s = tl.maximum(best_s, s)
@@ -150,7 +167,8 @@ def keep_slices(
     status = tl.where(status == OK, status_of_fault(tl.max(tl.load(faults + slot), 0)), status)
     failed = status != OK
     status = tl.where(failed, status, status_of_best(tl.max(tl.load(best_scores + slot), 0)))
-    floor = tl.max(tl.load(best_biased + slot), 0) + tl.load(packed + row + LOG_BETA * batch).to(tl.float32)
+    log_beta = tl.load(packed + row + LOG_BETA * batch).to(tl.float32)
+    floor = cut_floor(tl.max(tl.load(best_biased + slot), 0), log_beta)
     place = row.to(tl.int64) * vocab_size
     begin = index * slice_size
     end = tl.minimum(begin + slice_size, vocab_size)

@@ -70,7 +70,7 @@ WARPS = {
     "merge_slices": 2,
     "max_slices": 8,
     "gather_slices": 8,
-    "scope_rows": 8,
+    "bound_rows": 8,
     "score_slices": 8,
     "keep_slices": 8,
 }

@@ -49,7 +49,7 @@ def scan_slices(
         bias_now = tl.where(later, 0.0, contrast.bias)
         temperature_now = tl.where(later, 1.0, temperature)
         fault, rank, best = score_range(
-            logits, begin, end, LOWEST, contrast, bias_now, temperature_now, scratch.row_x, MEMORY_BLOCK
+            logits, begin, end, LOWEST, NEG_INF, contrast, bias_now, temperature_now, scratch.row_x, MEMORY_BLOCK
         )
         tl.store(scratch.ranks + index, rank)
         tl.store(scratch.counts + index, fault)
