@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Compiles the Triton kernels without a GPU and checks registers, spills and loads: for sm_90 with the installed Triton.
-# --all: for sm_80, sm_90 and sm_100, also with the oldest Triton that pyproject.toml allows, whose interpreter then runs
-# the tests too. That Triton goes into a folder of its own that PYTHONPATH puts in front of the environment's.
+# Compiles the Triton kernels without a GPU and checks registers, spills and loads: for sm_90 and bfloat16 with the
+# installed Triton. --all: for sm_80, sm_90, sm_100 and every dtype, also with the oldest Triton that pyproject.toml allows,
+# whose interpreter then runs the tests too. That one is in a folder of its own that PYTHONPATH puts in front.
 # usage: test_triton.sh FOLDER_OF_PYTHON_AND_PYTEST [--all]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,7 +19,7 @@ compile() {
 }
 
 if [ "${2:-}" != --all ]; then
-    compile --arch 90
+    compile --arch 90 --dtype bfloat16
     exit
 fi
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..bitmask import words_per_row
 from ..contract import DrawKey, RefusalMask, Rows, StepResult, StepScores
+from ..errors import ArgumentError
 from ..params import StepParams, resolve_rows
 from ..rng import MAX_STEP
 from .triton_kernels import scores as scores_kernels
@@ -31,7 +32,8 @@ def step(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | N
         mask_id,
         now.contiguous() if isinstance(now, Tensor) else now,
     )
-    assert result is not None, "arguments were checked by ops"
+    if result is None:
+        raise ArgumentError("a mask_id is outside [-1, M), or a step outside [0, 2**63)")
     return result
 
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on the CPU: test_triton.py in a process that has it on from the start."""
+"""Triton's interpreter, which runs kernels on the CPU: the tests of the back end in a process that has it on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from kernels.conftest import REQUIRED
 ROOT = Path(__file__).resolve().parents[2]
 # Fewer would mean that most were skipped or not found.
 FEWEST = {"not slow": 60, "slow": 30}
+FILES = ("tests/kernels/test_triton.py", "tests/kernels/test_triton_steps.py")
 
 
 def record() -> sk.Backend:
@@ -31,7 +32,7 @@ def test_the_kernels_in_the_interpreter(marks):
     environment |= {"TRITON_INTERPRET": "1", "SAFECODE_REQUIRE": "triton"}
     command = [*(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"), "-m", marks]
     done = subprocess.run(
-        [*command, "tests/kernels/test_triton.py"],
+        [*command, *FILES],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -6,7 +6,8 @@
     score_slices    grid (B, S)    scores, biased clean logits
     keep_slices     grid (B, S)    which tokens pass the cut, and the row's status
 
-The second and third are launched only if a row may have a bias. The draw is max_slices, then race_slices and merge_slices of step.py.
+The second and third are launched only if a row may have a bias. The draw is max_slices, then race_slices and
+merge_slices of step.py.
 """
 
 from __future__ import annotations
