@@ -15,11 +15,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cpu/loops/*)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) $(PYTEST_FLAGS)
+TRITON_FLAGS ?=
 LINTED := safecode_kernels python tests benchmarks scripts setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-all test-matrix test-published sanitize-cpu lint format dist bench-hazard-world clean clean-all
+.PHONY: help venv demo test test-all test-matrix test-triton test-published sanitize-cpu lint format dist bench-hazard-world clean clean-all
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,12 +41,16 @@ demo: $(INSTALLED) ## run Hazard World: a table of all arms, and a contact sheet
 test: $(INSTALLED) ## run the fast tests
 	$(PYTEST) -m "not slow"
 
-test-all: $(INSTALLED) ## run every test, then the matrix
+test-all: $(INSTALLED) ## run every test, then the matrix and all of Triton
 	$(PYTEST)
 	$(MAKE) test-matrix
+	$(MAKE) test-triton TRITON_FLAGS=--all
 
 test-matrix: $(INSTALLED) ## run the tests that touch transformers on each version in tests/matrix
 	JOBS=$(JOBS) bash scripts/test_matrix.sh $(BIN)
+
+test-triton: $(INSTALLED) ## compile the Triton kernels without a GPU; TRITON_FLAGS=--all: each GPU generation, old Triton
+	bash scripts/test_triton.sh $(BIN) $(TRITON_FLAGS)
 
 test-published: $(INSTALLED) ## compare the drop-in with the published code: make test-published PUBLISHED=FOLDER
 	@test -n "$(PUBLISHED)" || { echo "Set PUBLISHED to the folder of a checkout of the published code."; exit 2; }

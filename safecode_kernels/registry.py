@@ -6,6 +6,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import cast
 
 import torch
@@ -15,6 +16,9 @@ from .errors import ArgumentError, BackendUnavailable
 from .settings import BACKEND_VARIABLE, REQUIRE_VARIABLE, read_settings
 
 _log = logging.getLogger(__name__)
+
+# The oldest that the Triton kernels are compiled for in the tests: bfloat16 and asynchronous copies begin with it.
+LEAST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Backend:
         dtypes: logit dtypes that it reads.
         priority: the automatic choice takes the highest that can serve.
         probe: returns None if it can run on this machine, else one sentence that says why not.
+        refuses: returns None if it serves this device, which is of its types, else one sentence that says why not.
     """
 
     name: str
@@ -36,6 +41,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     priority: int
     probe: Callable[[], str | None]
+    refuses: Callable[[torch.device], str | None] = lambda device: None
 
     def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return None if it serves logits of this device and dtype here, else one sentence that says why not."""
@@ -43,7 +49,7 @@ class Backend:
             return f"it runs on {', '.join(self.devices)}, not on {device.type}"
         if dtype not in self.dtypes:
             return f"it reads {', '.join(str(d) for d in self.dtypes)}, not {dtype}"
-        return self.probe()
+        return self.refuses(device) or self.probe()
 
     def load(self) -> Kernels:
         """Import and return its functions."""
@@ -58,6 +64,40 @@ def _probe_native_cpu() -> str | None:
     return None
 
 
+@cache
+def _why_no_triton() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); builds of torch with CUDA bring it, else pip install triton"
+    return None
+
+
+def _triton_interprets() -> bool:
+    """Whether Triton runs kernels on the CPU: slowly, for tests."""
+    return _why_no_triton() is None and bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+def _probe_triton() -> str | None:
+    if reason := _why_no_triton():
+        return reason
+    if _triton_interprets():
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device (and Triton's interpreter, which tests switch on by TRITON_INTERPRET=1, is off)"
+    return "its kernels are made for NVIDIA devices, not for ROCm's" if torch.version.hip else None
+
+
+def _triton_refuses(device: torch.device) -> str | None:
+    if _triton_interprets():
+        return None
+    if device.type == "cpu":
+        return "it runs on CUDA devices (on the CPU only in Triton's interpreter, TRITON_INTERPRET=1, for tests)"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return f"{device} is older than compute capability {'.'.join(map(str, LEAST_CAPABILITY))}"
+    return None
+
+
 _BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="native_cpu",
@@ -66,6 +106,15 @@ _BACKENDS: tuple[Backend, ...] = (
         dtypes=LOGIT_DTYPES,
         priority=10,
         probe=_probe_native_cpu,
+    ),
+    Backend(
+        name="triton",
+        module="safecode_kernels.backends.triton",
+        devices=("cuda", "cpu"),
+        dtypes=LOGIT_DTYPES,
+        priority=5,
+        probe=_probe_triton,
+        refuses=_triton_refuses,
     ),
     Backend(
         name="eager",

@@ -94,6 +94,11 @@ class Case:
             backend=backend,
         )
 
+    def to(self, device: torch.device | str) -> Case:
+        """Return the case with its tensors on `device`."""
+        tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
     def select(self, rows: Sequence[int]) -> Case:
         """Return the case of some of the rows, in the given order."""
         index = torch.tensor(rows, dtype=torch.int64)

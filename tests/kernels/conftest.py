@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import safecode_kernels as sk
+from kernels.triton_harness import small_tiles, triton_form, triton_usable  # noqa: F401, fixtures
 
 # No shrinking: it takes minutes on a wrong kernel, and the smallest failing tensor says little more than the first.
 hypothesis.settings.register_profile(
@@ -20,8 +21,16 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fixed")
 
+# Where a back end is tested that these tests skip, because it cannot run on the CPU or would take too long.
+ELSEWHERE = {"triton": "; tested by test_triton.py, which test_triton_interpreted.py runs in that interpreter"}
 # Read before the tests hide it from the code under test: what it names may not be skipped.
 REQUIRED = {name.strip() for name in os.environ.get("SAFECODE_REQUIRE", "").split(",") if name.strip()}
+
+
+@pytest.fixture(scope="session")
+def required():
+    """The back ends that SAFECODE_REQUIRE names."""
+    return REQUIRED
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +57,7 @@ def usable_or_skip(name: str) -> str:
     if reason and name in REQUIRED:
         pytest.fail(f"SAFECODE_REQUIRE names {name}, which cannot run: {reason}")
     if reason:
-        pytest.skip(f"{name}: {reason}")
+        pytest.skip(f"{name}: {reason}{ELSEWHERE.get(name, '')}")
     return name
 
 
