@@ -26,7 +26,9 @@ fi
 compile --arch 80 --arch 90 --arch 100
 folder=.matrix/triton-$oldest
 if [ ! -d "$folder" ]; then
-    "$binaries/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder.part" "triton==$oldest" "numpy<2.4"  # its interpreter fails with a newer one
+    # Its interpreter was written before numpy 2.4 made arrays of one element refuse to become scalars.
+    "$binaries/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder.part" \
+        "triton==$oldest" "numpy<2.4"
     mv "$folder.part" "$folder"
 fi
 export PYTHONPATH=$PWD/$folder
