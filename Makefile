@@ -20,7 +20,7 @@ LINTED := safecode_kernels python tests benchmarks scripts setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-all test-matrix test-triton test-published sanitize-cpu lint format dist bench-hazard-world clean clean-all
+.PHONY: help venv gpu-report-kernels gpu-report-generate demo test test-all test-matrix test-triton test-published sanitize-cpu lint format dist bench-hazard-world clean clean-all
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,12 @@ test-published: $(INSTALLED) ## compare the drop-in with the published code: mak
 
 sanitize-cpu: $(INSTALLED) ## run the grid and some fuzz on an instrumented build of the native CPU code
 	bash scripts/sanitize_cpu.sh $(BIN)
+
+gpu-report-kernels: ## on a GPU machine, offline: build, test and measure the decode step, results in $$OUT or benchmarks/results
+	$(PYTHON) scripts/gpu_report.py kernels
+
+gpu-report-generate: ## the same for whole answers
+	$(PYTHON) scripts/gpu_report.py generate
 
 lint: $(INSTALLED) ## check style, formatting and types
 	$(BIN)/ruff check $(LINTED)

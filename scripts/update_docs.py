@@ -1,10 +1,10 @@
-"""Writes the measured tables into README.md and docs/hazard_world.md, and with --pictures draws their pictures again.
+"""Writes the measured tables into README.md and the pages of docs, and with --pictures draws their pictures again.
 
-    python scripts/update_docs.py             # tables, from benchmarks/results/hazard_world/summary.json
+    python scripts/update_docs.py             # tables, from benchmarks/results
     python scripts/update_docs.py --check     # change nothing; exit code 1 if a table is out of date
     python scripts/update_docs.py --pictures  # also the contact sheet and the example scene, from the packaged model
 
-A table stands between <!-- NAME --> and <!-- /NAME --> and is never edited by hand.
+A table, or a few words, stands between <!-- NAME --> and <!-- /NAME --> and is never edited by hand.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from speed_tables import markdown, speed_tables
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "hazard_world" / "summary.json"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "hazard_world.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 IMAGES = ROOT / "docs" / "images"
 RATES = {"unsafe_refused": "unsafe refused", "safe_answered": "safe answered", "balanced_accuracy": "balanced accuracy"}
 # Settles which run the example scene is, and no more.
@@ -31,7 +35,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--pictures", action="store_true")
     arguments = parser.parse_args()
-    tables = make_tables(json.loads(RESULTS.read_text()))
+    tables = {**make_tables(json.loads(RESULTS.read_text())), **speed_tables()}
     stale = [page for page in PAGES if updated(page.read_text(), tables) != page.read_text()]
     if arguments.check:
         for page in stale:
@@ -58,7 +62,10 @@ def make_tables(summary: dict[str, Any]) -> dict[str, str]:
 def updated(page: str, tables: dict[str, str]) -> str:
     """Return a page with the text between each pair of table marks replaced."""
     for name, table in tables.items():
-        page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", rf"\g<1>\n{table}\n\n\g<2>", page, flags=re.DOTALL)
+        block = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        page = re.sub(block, lambda found, table=table: f"{found[1]}\n{table}\n\n{found[2]}", page, flags=re.DOTALL)
+        words = rf"(<!-- {name} -->)(?!\n).*?(<!-- /{name} -->)"
+        page = re.sub(words, lambda found, table=table: found[1] + table + found[2], page)
     return page
 
 
@@ -96,12 +103,6 @@ def comparisons_table(summary: dict[str, Any]) -> str:
 def spread(values: dict[str, float], sign: str = "") -> str:
     """Return mean, and in brackets lowest and highest."""
     return f"{values['mean']:{sign}.2f} [{values['lowest']:{sign}.2f}, {values['highest']:{sign}.2f}]"
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """Return rows, header first, as a Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def draw_pictures() -> None:
