@@ -197,7 +197,8 @@ class SafeCoDe:
         prepare = partial(self._prepare, judge=judge)
         results = BatchRunner(prepare, answer, batch_size, self._answerer.pool.clear).run(requests)
         total = len(requests) if isinstance(requests, Sized) else None
-        return watched(results if as_completed else in_order(results), total, progress)
+        results = watched(results, total, progress)
+        return results if as_completed else in_order(results)
 
     def stream(self, image: Any, prompt: str, **chat_kwargs: Any) -> ChatStream:
         """Answer one request piece by piece: iterate over the text; the ChatResult is then in `.result`.
