@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from timing import machine
 
 from safecode_mllm import SafeCoDe
-from safecode_mllm.hazard_world.splits import draw_items
 from safecode_mllm.hazard_world.render import render
+from safecode_mllm.hazard_world.splits import draw_items
 
 SCENE_SEED = 77
 NEW_TOKENS = 40
@@ -77,8 +77,8 @@ def main() -> None:
         safecode = SafeCoDe.from_pretrained(options.model, device=options.device, dtype=dtype)
         rows.append({"model": options.model, "dtype": name, "batch": options.batch})
         rows[-1] |= compare(safecode, requests, options.batch)
-        largest = max(rows[-1]["leads"], default=0.0)
-        print(f"{name}: {rows[-1]['differ']} of {len(requests)} answers differ; largest lead that was lost {largest:.2g}")
+        differ, largest = rows[-1]["differ"], max(rows[-1]["leads"], default=0.0)
+        print(f"{name}: {differ} of {len(requests)} answers differ; largest lead that was lost {largest:.2g}")
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
