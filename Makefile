@@ -13,14 +13,14 @@ BENCH_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NATIVE := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cpu/loops/*)
+NATIVE := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cpu/loops/* csrc/cuda/*)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) $(PYTEST_FLAGS)
 TRITON_FLAGS ?=
 LINTED := safecode_kernels python tests benchmarks scripts setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv gpu-report-kernels gpu-report-generate demo test test-all test-matrix test-triton test-published sanitize-cpu lint format dist bench-hazard-world clean clean-all
+.PHONY: help venv gpu-report-kernels gpu-report-generate demo test test-all test-matrix test-triton test-published test-cuda-build sanitize sanitize-cpu lint format dist bench-hazard-world clean clean-all
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,13 @@ test-triton: $(INSTALLED) ## compile the Triton kernels without a GPU; TRITON_FL
 test-published: $(INSTALLED) ## compare the drop-in with the published code: make test-published PUBLISHED=FOLDER
 	@test -n "$(PUBLISHED)" || { echo "Set PUBLISHED to the folder of a checkout of the published code."; exit 2; }
 	$(PYTEST) tests/published --published "$(PUBLISHED)"
+
+test-cuda-build: $(INSTALLED) ## compile the CUDA module with nvcc for sm_90a, look at it, and run its emulation
+	OMP_NUM_THREADS=1 $(BIN)/pytest -s $(PYTEST_FLAGS) tests/kernels/test_cuda_build.py -k "sm_90a or emulated"
+
+# Exit code 3: what could not run is listed as not available, and nothing failed.
+sanitize: $(INSTALLED) ## watch the CUDA kernels: emulated by the compiler's sanitizers, on a GPU by compute-sanitizer
+	bash scripts/sanitize_cuda.sh $(BIN)/python emulated gpu || test $$? -eq 3
 
 sanitize-cpu: $(INSTALLED) ## run the grid and some fuzz on an instrumented build of the native CPU code
 	bash scripts/sanitize_cpu.sh $(BIN)

@@ -1,5 +1,6 @@
-// The counter-based generator behind every draw: Philox4x32-10 (Salmon et al., SC 2011). Twin of safecode_kernels/rng.py,
-// which describes how (seed, stream, step, token) become key, counter and word. Host and device, no torch.
+// The counter-based generator behind every draw: Philox4x32-10 (Salmon et al., SC 2011). Twin of
+// safecode_kernels/rng.py, which describes how (seed, stream, step, token) become key, counter and word. Host and
+// device, no torch.
 #pragma once
 
 #include <cmath>
@@ -33,6 +34,15 @@ SAFECODE_HOST_DEVICE inline PhiloxWords philox(uint32_t block, const DrawKey& ke
 // A call of the cipher serves four tokens that lie 8 apart; 32 tokens share 8 calls.
 SAFECODE_HOST_DEVICE inline uint32_t philox_block(uint32_t token) { return (token >> 5) * 8 + (token & 7); }
 SAFECODE_HOST_DEVICE inline uint32_t philox_word(uint32_t token) { return (token >> 3) & 3; }
+
+// The 32 random bits of a token. Selections and no index: a GPU keeps the words in registers.
+SAFECODE_HOST_DEVICE inline uint32_t token_bits(uint32_t token, const DrawKey& key) {
+  const PhiloxWords result = philox(philox_block(token), key);
+  const uint32_t word = philox_word(token);
+  const uint32_t low = word & 1 ? result.word[1] : result.word[0];
+  const uint32_t high = word & 1 ? result.word[3] : result.word[2];
+  return word & 2 ? high : low;
+}
 
 // The handicap of a token in the race, from its 32 bits.
 SAFECODE_HOST_DEVICE inline double gumbel(uint32_t bits) {

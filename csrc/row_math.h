@@ -26,6 +26,11 @@ SAFECODE_HOST_DEVICE inline To bit_cast(From value) {
 SAFECODE_HOST_DEVICE inline float from_bfloat16(uint16_t bits) { return bit_cast<float>(uint32_t{bits} << 16); }
 
 SAFECODE_HOST_DEVICE inline float from_float16(uint16_t bits) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+#else
   const uint32_t magnitude = (bits & 0x7FFFu) << 13;
   const uint32_t exponent = magnitude & 0x0F800000u;
   const uint32_t rebased = magnitude + (112u << 23);
@@ -35,6 +40,7 @@ SAFECODE_HOST_DEVICE inline float from_float16(uint16_t bits) {
   uint32_t result = exponent == 0x0F800000u ? special : rebased;
   result = exponent == 0 ? bit_cast<uint32_t>(subnormal) : result;
   return bit_cast<float>(result | (uint32_t{bits} & 0x8000u) << 16);
+#endif
 }
 
 // ---- which clean logits are gathered ----
@@ -52,6 +58,11 @@ struct Gather {
   }
 };
 
+// `bias` is the row's, 0 for a row without a mask.
+SAFECODE_HOST_DEVICE inline Gather gather_of(float bias, float log_beta) {
+  return {bias > 0 ? bias : 0.0f, bias < 0 ? bias : 0.0f, log_beta};
+}
+
 SAFECODE_HOST_DEVICE inline bool is_gathered(float z, float raise, float floor) { return z + raise >= floor; }
 
 // ---- contrast ----
@@ -61,6 +72,40 @@ SAFECODE_HOST_DEVICE inline float contrast(float z, float n, float weight, float
   const float scaled = one_plus_weight * z;
   const float score = scaled - weight * n;
   return scaled > -kInfinity ? score : -kInfinity;
+}
+
+// What the contrast met at candidates.
+constexpr uint32_t kMetNanNoised = 1;
+constexpr uint32_t kMetInfiniteNoised = 2;
+constexpr uint32_t kMetOverflow = 4;
+
+// The same with every rule for logits that are not finite, and without a branch. `is_candidate` is 0 or 1: at any other
+// token a noised logit that is not finite contributes nothing. A score that is no number below +inf becomes -inf.
+SAFECODE_HOST_DEVICE inline float contrast_by_rules(float z, float raw, uint32_t is_candidate, float weight,
+                                                    float one_plus_weight, uint32_t& met) {
+  const uint32_t is_nan = raw != raw, is_infinite = raw == kInfinity;
+  const uint32_t unusable = (raw == -kInfinity) | ((is_nan | is_infinite) & (is_candidate ^ 1u));
+  const float other = unusable ? z : raw;
+  const float score = contrast(z, other, weight, one_plus_weight);
+  const uint32_t overflow = !(score < kInfinity);
+  met |= is_candidate & is_nan ? kMetNanNoised : 0u;
+  met |= is_candidate & is_infinite ? kMetInfiniteNoised : 0u;
+  met |= is_candidate & overflow ? kMetOverflow : 0u;
+  return overflow ? -kInfinity : score;
+}
+
+// ---- statuses ----
+
+// What the largest of a row's logits shows; NaN if any is NaN.
+SAFECODE_HOST_DEVICE inline Status status_of_best(float best) {
+  if (best != best) return Status::kNanClean;
+  if (best == kInfinity) return Status::kInfinite;
+  return best == -kInfinity ? Status::kNothingFinite : Status::kOk;
+}
+
+SAFECODE_HOST_DEVICE inline Status status_of_contrast(uint32_t met) {
+  if (met & kMetNanNoised) return Status::kNanNoised;
+  return met & (kMetInfiniteNoised | kMetOverflow) ? Status::kInfinite : Status::kOk;
 }
 
 // ---- refusal masks ----

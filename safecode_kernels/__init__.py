@@ -6,7 +6,7 @@ Knows logits and nothing else; needs torch only.
 from . import torch_ops as torch_ops  # defines torch.ops.safecode_kernels
 from .bitmask import pack_mask, pack_masks, unpack_mask
 from .contract import Status, StepResult, StepScores
-from .errors import ArgumentError, ArgumentTypeError, BackendUnavailable
+from .errors import ArgumentError, ArgumentTypeError, BackendUnavailable, LaunchError
 from .ops import PreparedStep, decode_scores, decode_step, draw, plausible, prepare_step
 from .params import StepParams, pack_params
 from .registry import Backend, Explanation, explain, list_backends, resolve
@@ -19,6 +19,7 @@ __all__ = [
     "Backend",
     "BackendUnavailable",
     "Explanation",
+    "LaunchError",
     "PreparedStep",
     "Status",
     "StepParams",

@@ -13,3 +13,7 @@ class ArgumentTypeError(TypeError):
 
 class BackendUnavailable(RuntimeError):
     """A back end that was asked for, or is required, cannot serve; the message says why."""
+
+
+class LaunchError(RuntimeError):
+    """CUDA refused to launch a kernel, or an earlier kernel has failed; the message holds CUDA's own text."""

@@ -64,6 +64,15 @@ def _probe_native_cpu() -> str | None:
     return None
 
 
+def _why_no_native_cuda(device: int) -> str | None:
+    """Return why the compiled module cannot serve a GPU, or any GPU for -1."""
+    try:
+        native = importlib.import_module("safecode_kernels._native_cuda")
+    except ImportError as error:
+        return f"its compiled module is missing ({error}); install with SAFECODE_CUDA=on where nvcc is"
+    return native.why_unusable(device) or None
+
+
 @cache
 def _why_no_triton() -> str | None:
     try:
@@ -99,6 +108,15 @@ def _triton_refuses(device: torch.device) -> str | None:
 
 
 _BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        name="native_cuda",
+        module="safecode_kernels.backends.native_cuda",
+        devices=("cuda",),
+        dtypes=LOGIT_DTYPES,
+        priority=30,
+        probe=lambda: _why_no_native_cuda(-1),
+        refuses=lambda device: _why_no_native_cuda(-1 if device.index is None else device.index),
+    ),
     Backend(
         name="native_cpu",
         module="safecode_kernels.backends.native_cpu",

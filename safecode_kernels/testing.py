@@ -27,6 +27,8 @@ LOGPROB_ATOL = 5e-5
 # Relative size of the disturbance that stands for float32 rounding (4 ulp), and how often it is tried.
 ROUNDING = 2.0**-21
 ROUNDING_TRIALS = 24
+# The mass before a token is a sum of up to V float64 shares, in an order that is each back end's own.
+MASS_ROUNDING = 2.0**-40
 # At most this share of the rows of a comparison may be decided by rounding.
 MAX_AMBIGUOUS_SHARE = 0.02
 # A fixed-seed chi-square test fails below this p; a correct sampler does so for one seed in a thousand.
@@ -293,7 +295,7 @@ def _mask(case: Case) -> RefusalMask | None:
 
 
 def _decided_by_rounding(case: Case) -> list[bool]:
-    """Return per row whether the oracle changes its answer when its logits move by a few float32 ulps."""
+    """Return per row whether the oracle changes its answer when its logits and top_p move by as much as rounding."""
     expected = oracle_step(case)
     generator = torch.Generator().manual_seed(0)
     changed = torch.zeros(case.batch, dtype=torch.bool)
@@ -302,9 +304,12 @@ def _decided_by_rounding(case: Case) -> list[bool]:
         noise = torch.rand(logits.shape, generator=generator, dtype=torch.float64) * 2 - 1
         return logits.double() * (1 + ROUNDING * noise)
 
-    for _ in range(ROUNDING_TRIALS):
+    for trial in range(ROUNDING_TRIALS):
         noised = None if case.noised is None else disturbed(case.noised)
-        other = oracle_step(replace(case, clean=disturbed(case.clean), noised=noised))
+        moved = 1 + MASS_ROUNDING * (-1) ** trial
+        top_p = [p if p == 1 else min(p * moved, 1.0) for p in case.params.per_row("top_p", case.batch)]
+        params = replace(case.params, top_p=top_p)
+        other = oracle_step(replace(case, clean=disturbed(case.clean), noised=noised, params=params))
         changed |= (other.token != expected.token) | (other.n_kept != expected.n_kept)
     return changed.tolist()
 

@@ -43,7 +43,7 @@ def kernel_stages(out: Path) -> list[Stage]:
         Stage("build", [sys.executable, *install], 180, {"SAFECODE_NATIVE": "on", "SAFECODE_CUDA": "on"}),
         Stage("back ends", [sys.executable, "-m", "safecode_kernels"], 30),
         Stage("tests", [*pytest, "tests/kernels", "-k", "native_cuda or triton or torch_ops", "-m", "not slow"], 150),
-        Stage("sanitizers", ["bash", "scripts/sanitize_cuda.sh"], 60),
+        Stage("sanitizers", ["bash", "scripts/sanitize_cuda.sh", sys.executable], 100),
         Stage(
             "benchmark",
             [

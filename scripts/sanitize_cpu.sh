@@ -9,7 +9,7 @@ build=build/sanitize
 overlay=$PWD/$build/overlay
 seeds=$(head -n 3 tests/data/fuzz_seeds.txt | paste -sd '|' | sed 's/|/ or /g')
 
-cmake -S . -B "$build/native" -G Ninja -DSAFECODE_SANITIZE=ON \
+cmake -S . -B "$build/native" -G Ninja -DSAFECODE_SANITIZE=address,undefined \
     -Dpybind11_DIR="$("$bin/python" -m pybind11 --cmakedir)" -DPython_EXECUTABLE="$bin/python" \
     -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$overlay/safecode_kernels" > /dev/null
 rm -rf "$overlay"

@@ -137,17 +137,6 @@ Candidates gather_all(const RowInput& input, Workspace& work) {
 
 }  // namespace
 
-Status status_of_best(float best) {
-  if (best != best) return Status::kNanClean;
-  if (best == kInfinity) return Status::kInfinite;
-  return best == -kInfinity ? Status::kNothingFinite : Status::kOk;
-}
-
-Status status_of_contrast(uint32_t met) {
-  if (met & kMetNanNoised) return Status::kNanNoised;
-  return met & (kMetInfiniteNoised | kMetOverflow) ? Status::kInfinite : Status::kOk;
-}
-
 Candidates gather(const RowInput& input, Workspace& work) {
   return input.is_dense() ? gather_all(input, work) : gather_candidates(input, work);
 }

@@ -20,8 +20,4 @@ struct Candidates {
 // With beta > 0: one pass over the clean row, the noised one read at the candidates only; with beta = 0 all of both.
 Candidates gather(const RowInput& input, Workspace& work);
 
-// What a row's largest logit says about it: NaN if any is NaN.
-Status status_of_best(float best);
-Status status_of_contrast(uint32_t met);
-
 }  // namespace safecode::cpu

@@ -30,11 +30,6 @@ struct Found {
   int64_t capacity;
 };
 
-// What the contrast met.
-constexpr uint32_t kMetNanNoised = 1;
-constexpr uint32_t kMetInfiniteNoised = 2;
-constexpr uint32_t kMetOverflow = 4;
-
 struct ContrastParams {
   float weight;
   float one_plus_weight;

@@ -22,7 +22,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fixed")
 
 # Where a back end is tested that these tests skip, because it cannot run on the CPU or would take too long.
-ELSEWHERE = {"triton": "; tested by test_triton.py, which test_triton_interpreted.py runs in that interpreter"}
+ELSEWHERE = {
+    "native_cuda": "; tested emulated by test_cuda_emulated.py, and on a GPU by test_native_cuda.py",
+    "triton": "; tested by test_triton.py, which test_triton_interpreted.py runs in that interpreter",
+}
 # Read before the tests hide it from the code under test: what it names may not be skipped.
 REQUIRED = {name.strip() for name in os.environ.get("SAFECODE_REQUIRE", "").split(",") if name.strip()}
 
@@ -54,7 +57,7 @@ def usable_or_skip(name: str) -> str:
     """Return the name of a back end; skip the test if it cannot run here, fail if SAFECODE_REQUIRE names it."""
     record = next(record for record in sk.list_backends() if record.name == name)
     reason = record.supports(torch.device("cpu"), torch.float32)
-    if reason and name in REQUIRED:
+    if reason and name in REQUIRED and "cpu" in (record.devices or ("cpu",)):
         pytest.fail(f"SAFECODE_REQUIRE names {name}, which cannot run: {reason}")
     if reason:
         pytest.skip(f"{name}: {reason}{ELSEWHERE.get(name, '')}")

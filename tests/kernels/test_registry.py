@@ -29,7 +29,7 @@ def three(monkeypatch):
 
 
 def test_only_what_exists_is_listed():
-    assert [backend.name for backend in sk.list_backends()] == ["native_cpu", "triton", "eager"]
+    assert [backend.name for backend in sk.list_backends()] == ["native_cuda", "native_cpu", "triton", "eager"]
     for backend in sk.list_backends():
         if backend.probe() is not None:
             continue

@@ -29,17 +29,10 @@ uint32_t contrast_carefully(const float* z, const float* noised, int64_t n, cons
   uint32_t met = 0;
 #pragma omp simd reduction(| : met)
   for (int64_t i = 0; i < n; ++i) {
-    const float clean = z[i], raw = noised[i];
-    const uint32_t gathered = p.all_are_candidates && clean > -kInfinity;
-    const uint32_t is_nan = raw != raw, is_infinite = raw == kInfinity;
-    const uint32_t unusable = (raw == -kInfinity) | ((is_nan | is_infinite) & (gathered ^ 1u));
-    const float other = unusable ? clean : raw;
-    const float score = contrast(clean, other, p.weight, p.one_plus_weight);
-    const uint32_t overflow = !(score < kInfinity);
-    met |= gathered & is_nan ? kMetNanNoised : 0u;
-    met |= gathered & is_infinite ? kMetInfiniteNoised : 0u;
-    met |= gathered & overflow ? kMetOverflow : 0u;
-    scores[i] = overflow ? -kInfinity : score;
+    const uint32_t is_candidate = p.all_are_candidates && z[i] > -kInfinity;
+    uint32_t met_here = 0;
+    scores[i] = contrast_by_rules(z[i], noised[i], is_candidate, p.weight, p.one_plus_weight, met_here);
+    met |= met_here;
   }
   return met;
 }
