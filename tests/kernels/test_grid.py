@@ -151,6 +151,20 @@ def test_rows_with_more_candidates_than_any_buffer(other, beta):
     assert int(case.run(other).n_kept.min()) > 30_000
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_rows_beyond_two_to_the_31_elements(other, beta):
+    """Only the pages of the rows are touched: memory that nobody writes to is not there."""
+    if other == "triton":
+        pytest.skip("test_triton_steps.py has such a case with real rows, for a GPU")
+    case = make_case(3, batch=3, vocab_size=1023, params=StepParams(plausibility_beta=beta, greedy=False))
+    stride = 2**30 + 7
+    far = [torch.empty(3 * stride, dtype=torch.bfloat16).as_strided((3, 1023), (stride, 1)) for _ in range(2)]
+    for view, rows in zip(far, (case.clean, case.noised), strict=True):
+        view.copy_(rows)
+    near = replace(case, clean=far[0].contiguous(), noised=far[1].contiguous())
+    assert_step_equals(near, replace(case, clean=far[0], noised=far[1]).run(other), near.run("eager"))
+
+
 def test_draw_of_processed_scores(other):
     for dtype in DTYPES:
         scores = make_case(5, batch=40, vocab_size=5000, dtype=dtype, excluded_share=0.5).clean
