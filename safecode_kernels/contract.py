@@ -144,7 +144,7 @@ class Rows:
     def __init__(self, packed: Tensor, dtype: torch.dtype, host: Tensor | None = None):
         self.packed = packed
         self.dtype = dtype
-        self._host = packed if host is None and packed.device.type == "cpu" else host
+        self._host = host
 
     @cached_property
     def any_contrast(self) -> bool:
@@ -198,7 +198,8 @@ class Rows:
 
     @cached_property
     def _values(self) -> dict[str, list[float]] | None:
-        return None if self._host is None else dict(zip(PACKED_FIELDS, self._host.tolist(), strict=True))
+        host = self.packed if self._host is None and self.packed.device.type == "cpu" else self._host
+        return None if host is None else dict(zip(PACKED_FIELDS, host.tolist(), strict=True))
 
     def _any(self, name: str, matters: Callable[[float], bool]) -> bool:
         return self._values is None or any(map(matters, self._values[name]))

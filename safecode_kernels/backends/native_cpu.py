@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TypeGuard
 
 import torch
@@ -112,8 +113,26 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
 
 
 def _new_result(batch: int) -> StepResult:
-    ints = torch.empty(batch, dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
-    return StepResult(torch.empty(batch, dtype=torch.int64), torch.empty(batch), *ints)
+    """Return a result that was never handed out."""
+    ready = _ready_results(batch)
+    try:
+        return ready.pop()
+    except IndexError:
+        ready += _allocate(STEPS_PER_ALLOCATION, batch)
+        return ready.pop()
+
+
+@lru_cache(maxsize=64)
+def _ready_results(batch: int) -> list[StepResult]:
+    return []
+
+
+def _allocate(steps: int, batch: int) -> list[StepResult]:
+    kinds = (torch.int64, torch.float32, torch.int32, torch.int32)
+    # What is allocated in inference mode could not be changed in place outside it, by whoever gets it later.
+    with torch.inference_mode(False):
+        columns = [torch.empty(steps, batch, dtype=kind).unbind(0) for kind in kinds]
+    return [StepResult(*tensors) for tensors in zip(*columns, strict=True)]
 
 
 def prepare(
@@ -147,7 +166,7 @@ class NativeStep:
         self._n_masks = 0 if refusal_mask is None else len(refusal_mask)
         self._threaded = _is_large(*clean_shape, dtype)
         self._column_shape = self._shape[:1]
-        self._ready = self._allocate(1)
+        self._ready = self._with_addresses(1)
         self._reused = self._ready[0] if reuse_results else None
 
     def __call__(self, clean: Tensor, noised: Tensor | None, mask_id: object, step: object) -> StepResult | None:
@@ -211,15 +230,12 @@ class NativeStep:
         try:
             return self._ready.pop()
         except IndexError:
-            self._ready = self._allocate(STEPS_PER_ALLOCATION)
+            self._ready = self._with_addresses(STEPS_PER_ALLOCATION)
             return self._ready.pop()
 
-    def _allocate(self, steps: int) -> list[tuple[StepResult, int, int, int, int]]:
-        kinds = (torch.int64, torch.float32, torch.int32, torch.int32)
-        columns = [torch.empty(steps, self._shape[0], dtype=kind).unbind(0) for kind in kinds]
-        return [
-            (StepResult(*tensors), *(tensor.data_ptr() for tensor in tensors)) for tensors in zip(*columns, strict=True)
-        ]
+    def _with_addresses(self, steps: int) -> list[tuple[StepResult, int, int, int, int]]:
+        results = _allocate(steps, self._shape[0])
+        return [(result, *(tensor.data_ptr() for tensor in result)) for result in results]
 
 
 def _native_step(

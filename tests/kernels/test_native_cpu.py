@@ -43,6 +43,17 @@ def test_every_instruction_set_gives_the_same_result(native, name, dtype):
         assert_scores_match_oracle(case, case.run_scores("native_cpu"))
 
 
+def test_results_of_inference_mode_can_be_changed_outside_it():
+    case = make_case(1, batch=3, vocab_size=40)
+    with torch.inference_mode():
+        step = prepared(case)
+        results = [step(case.clean, case.noised, mask_id=case.mask_id) for _ in range(2)]
+        results += [sk.draw(torch.zeros(3, 5), greedy=True, backend="native_cpu") for _ in range(40)]
+    assert len({result.token.data_ptr() for result in results}) == len(results)
+    for result in results:
+        result.token.add_(1)
+
+
 def test_unknown_loops_are_refused(native):
     assert not native.use_loops("vax")
 
