@@ -126,10 +126,10 @@ def _check(
     mask_id: Tensor | None,
 ) -> int:
     """Return B; raise unless the operands fit together. The slow checks that name what is wrong run only if one is."""
-    batch, vocab_size = shape = clean.shape if clean.ndim == 2 else check_logits("clean", clean)
-    device, dtype = clean.device, clean.dtype
-    if dtype not in LOGIT_DTYPES or vocab_size == 0:
+    shape, dtype, device = clean.shape, clean.dtype, clean.device
+    if len(shape) != 2 or shape[1] == 0 or dtype not in LOGIT_DTYPES:
         check_logits("clean", clean)
+    batch, vocab_size = shape
     if noised is not None and (noised.dtype != dtype or noised.shape != shape or noised.device != device):
         check_like("noised", noised, clean, dtype)
     if params.dtype != torch.float64:

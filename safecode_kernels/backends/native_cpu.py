@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TypeGuard
 
 import torch
@@ -113,18 +112,9 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
 
 
 def _new_result(batch: int) -> StepResult:
-    """Return a result that was never handed out."""
-    ready = _ready_results(batch)
-    try:
-        return ready.pop()
-    except IndexError:
-        ready += _allocate(STEPS_PER_ALLOCATION, batch)
-        return ready.pop()
-
-
-@lru_cache(maxsize=64)
-def _ready_results(batch: int) -> list[StepResult]:
-    return []
+    # Results from a pool would be parts of larger tensors, which an operator of torch may not return.
+    ints = torch.empty(batch, dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
+    return StepResult(torch.empty(batch, dtype=torch.int64), torch.empty(batch), *ints)
 
 
 def _allocate(steps: int, batch: int) -> list[StepResult]:
@@ -234,8 +224,11 @@ class NativeStep:
             return self._ready.pop()
 
     def _with_addresses(self, steps: int) -> list[tuple[StepResult, int, int, int, int]]:
-        results = _allocate(steps, self._shape[0])
-        return [(result, *(tensor.data_ptr() for tensor in result)) for result in results]
+        found = []
+        for result in _allocate(steps, self._shape[0]):
+            token, logprob, n_kept, status = (tensor.data_ptr() for tensor in result)
+            found.append((result, token, logprob, n_kept, status))
+        return found
 
 
 def _native_step(
