@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from safecode_mllm.decoding import kv
-from safecode_mllm.decoding.families import ImageStates, decoder_of, forward, prefill, prompt_positions
+from safecode_mllm.decoding.families import ImageStates, decoder_of, forward, image_layers, prefill, prompt_positions
 
 
 class Branches:
@@ -38,9 +38,10 @@ class Branches:
         self.model = model
         self.decoder = decoder_of(model)
         self.cache = cache
+        self._image_layers = image_layers(self.decoder)
         self.rows = clean["input_ids"].shape[0]
         self.copies = 1 if noised is None else 2
-        self._inputs = dict(clean) if noised is None else _stack(clean, noised)
+        self._inputs = dict(clean) if noised is None else stack(clean, noised)
         self.images: ImageStates | None = None
         positions = prompt_positions(model, clean)
         self._prompt_mask = clean["attention_mask"]
@@ -90,7 +91,7 @@ class Branches:
     def rewind(self, columns: int) -> None:
         """Forget the last `columns` columns of every branch, int >= 0; they must be text without padding."""
         kept = kv.cached_length(self.cache) - columns
-        kv.keep_first_columns(self.cache, kept)
+        kv.keep_first_columns(self.cache, kept, self._image_layers)
         self.mask = self.mask[:, :kept]
         self.next_positions = self.next_positions - columns
 
@@ -126,13 +127,30 @@ class Branches:
         Returns:
             logits [Q, V] after the last token of each suffix.
         """
+        # A sliding window counts hidden columns and padding too: where there is one, only questions that need neither
+        # may run together.
+        sliding = kv.has_sliding_window(self.decoder)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for place, (suffix, drop) in enumerate(zip(suffixes, hidden, strict=True)):
+            groups.setdefault((drop, len(suffix)) if sliding else (0, 0), []).append(place)
+        logits: list[Any] = [None] * len(suffixes)
+        for places in groups.values():
+            asked = self._ask_together(*([values[place] for place in places] for values in (suffixes, hidden, rows)))
+            for place, answer in zip(places, asked, strict=True):
+                logits[place] = answer
+        return torch.stack(logits)
+
+    def _ask_together(self, suffixes: list[Sequence[int]], hidden: list[int], rows: list[int]) -> Tensor:
         device = self.mask.device
-        index = torch.tensor(list(rows), device=device)
-        length = self._prompt_mask.shape[1]
+        index = torch.tensor(rows, device=device)
+        length = self._prompt_mask.shape[1] - min(hidden)
+        cache = kv.fork(self.cache, rows)
+        kv.keep_first_columns(cache, length, self._image_layers)
         columns = torch.arange(length, device=device)
-        hidden_columns = torch.tensor(list(hidden), device=device)
-        visible = self._prompt_mask[index] * (columns < (length - hidden_columns)[:, None])
-        ids, ids_mask = _left_pad(suffixes, device)
+        hidden_columns = torch.tensor(hidden, device=device)
+        end = self._prompt_mask.shape[1] - hidden_columns
+        visible = self._prompt_mask[index, :length] * (columns < end[:, None])
+        ids, ids_mask = left_pad(suffixes, device)
         # Suffixes are all text: positions go on from the last visible column, the same on every axis.
         start = (self.next_positions[..., 0].index_select(-1, index) - hidden_columns)[..., None]
         positions = start + (ids_mask.cumsum(-1) - 1).clamp_min(0)
@@ -143,7 +161,7 @@ class Branches:
             input_ids=ids,
             attention_mask=torch.cat([visible, ids_mask], 1),
             position_ids=positions,
-            past_key_values=kv.fork(self.cache, list(rows)),
+            past_key_values=cache,
             **images,
         )
 
@@ -152,21 +170,23 @@ class Branches:
             return {}
         if visible is None:
             return self.images.arguments(columns)
-        visible = visible.repeat(self.copies, 1, 1)
+        visible = visible.repeat(self.copies, *[1] * (visible.ndim - 1))
         self.images = self.images.seeing(visible[:, -1:])
-        return {**self.images.arguments(columns), "image_attention_mask": visible}
+        return {**self.images.arguments(columns), self.images.mask: visible}
 
     def _split(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         return logits[: self.rows], logits[self.rows :] if self.has_noised else None
 
 
-def _stack(clean: Mapping[str, Tensor], noised: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def stack(clean: Mapping[str, Tensor], noised: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return clean and noised inputs as one batch: every key, clean rows first."""
     if clean.keys() != noised.keys():
         raise ValueError(f"clean and noised inputs must have the same keys, got {sorted(clean)} and {sorted(noised)}")
     return {key: torch.cat([clean[key], noised[key]]) for key in clean}
 
 
-def _left_pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def left_pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return token ids [Q, N], zeros on the left of shorter ones, and their mask."""
     width = max(len(sequence) for sequence in sequences)
     ids = torch.zeros(len(sequences), width, dtype=torch.long, device=device)
     mask = torch.zeros_like(ids)
