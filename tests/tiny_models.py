@@ -18,14 +18,10 @@ import tiny_tier2
 from safecode_mllm.decoding.families import decoder_of
 from tiny_parts import (
     BOS,
-    EOS,
     IMAGE,
     PAD,
-    VIDEO,
     VISION_END,
     VISION_START,
-    VOCAB,
-    Images,
     TinyTokens,
     clip,
     llama,

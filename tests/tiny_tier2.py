@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from tiny_parts import Images, TinyTokens, clip, llama, random_words
+from tiny_parts import Images, TinyTokens, llama, random_words
 
 _VIT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 _PICTURE = 16
@@ -75,7 +75,8 @@ def idefics2(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
 def llava_onevision(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
     config = transformers.LlavaOnevisionConfig(
         vision_config=siglip(8), text_config=llama(tokens, model_type="qwen2"), image_token_index=tokens.image,
-        video_token_index=tokens.video, vision_feature_layer=-1, vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_9",
+        video_token_index=tokens.video, vision_feature_layer=-1, vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_9", tie_word_embeddings=False,
         image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]],
     )  # fmt: skip
 
@@ -141,7 +142,7 @@ def _pixtral_tower() -> dict[str, Any]:
 def mistral3(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
     config = transformers.Mistral3Config(
         vision_config=_pixtral_tower(), text_config=llama(tokens, model_type="mistral", sliding_window=None),
-        image_token_index=tokens.image, spatial_merge_size=2, vision_feature_layer=-1,
+        image_token_index=tokens.image, spatial_merge_size=2, vision_feature_layer=-1, tie_word_embeddings=False,
     )  # fmt: skip
     return config, transformers.Mistral3ForConditionalGeneration, _pixtral_pictures(2, 0)
 

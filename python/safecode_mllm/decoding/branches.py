@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from safecode_mllm.decoding import kv
-from safecode_mllm.decoding.families import ImageStates, decoder_of, forward, image_layers, prefill, prompt_positions
+from safecode_mllm.decoding.families import (
+    ImageStates,
+    decoder_of,
+    family_of,
+    forward,
+    image_layers,
+    prefill,
+    prompt_positions,
+)
 
 
 class Branches:
@@ -43,6 +51,7 @@ class Branches:
         self.copies = 1 if noised is None else 2
         self._inputs = dict(clean) if noised is None else stack(clean, noised)
         self.images: ImageStates | None = None
+        self._clean = dict(clean) if family_of(model).reads_ahead else {}
         positions = prompt_positions(model, clean)
         self._prompt_mask = clean["attention_mask"]
         self.mask = torch.cat([self._prompt_mask] * self.copies)
@@ -127,6 +136,8 @@ class Branches:
         Returns:
             logits [Q, V] after the last token of each suffix.
         """
+        if self._clean:
+            return self._ask_anew(suffixes, hidden, rows)
         # A sliding window counts hidden columns and padding too: where there is one, only questions that need neither
         # may run together.
         sliding = kv.has_sliding_window(self.decoder)
@@ -135,7 +146,11 @@ class Branches:
             groups.setdefault((drop, len(suffix)) if sliding else (0, 0), []).append(place)
         logits: list[Any] = [None] * len(suffixes)
         for places in groups.values():
-            asked = self._ask_together(*([values[place] for place in places] for values in (suffixes, hidden, rows)))
+            asked = self._ask_together(
+                [suffixes[place] for place in places],
+                [hidden[place] for place in places],
+                [rows[place] for place in places],
+            )
             for place, answer in zip(places, asked, strict=True):
                 logits[place] = answer
         return torch.stack(logits)
@@ -165,6 +180,11 @@ class Branches:
             **images,
         )
 
+    def _ask_anew(self, suffixes: Sequence[Sequence[int]], hidden: Sequence[int], rows: Sequence[int]) -> Tensor:
+        """Ask with a pass of its own, where what lies in the cache has seen what it must not see."""
+        inputs = with_suffixes(self._clean, suffixes, hidden, rows)
+        return prefill(self.model, position_ids=prompt_positions(self.model, inputs), **inputs)[0]
+
     def _image_arguments(self, columns: int, visible: Tensor | None) -> dict[str, Tensor]:
         if self.images is None:
             return {}
@@ -183,6 +203,25 @@ def stack(clean: Mapping[str, Tensor], noised: Mapping[str, Tensor]) -> dict[str
     if clean.keys() != noised.keys():
         raise ValueError(f"clean and noised inputs must have the same keys, got {sorted(clean)} and {sorted(noised)}")
     return {key: torch.cat([clean[key], noised[key]]) for key in clean}
+
+
+def with_suffixes(
+    clean: Mapping[str, Tensor], suffixes: Sequence[Sequence[int]], hidden: Sequence[int], rows: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return the clean prompts of `rows` without their last `hidden` columns and with suffixes, images included.
+
+    Everything that a processor says about each token is for a suffix what it is for the prompt's last token.
+    """
+    ids, mask = clean["input_ids"], clean["attention_mask"]
+    along_tokens = [key for key, value in clean.items() if value.shape == ids.shape]
+    asked: dict[str, list[list[int]]] = {key: [] for key in along_tokens}
+    for row, suffix, drop in zip(rows, suffixes, hidden, strict=True):
+        kept = mask[row, : ids.shape[1] - drop] == 1
+        for key in along_tokens:
+            added = suffix if key == "input_ids" else [int(clean[key][row, -1])] * len(suffix)
+            asked[key].append([*clean[key][row, : ids.shape[1] - drop][kept].tolist(), *added])
+    index = torch.tensor(list(rows), device=ids.device)
+    return {key: left_pad(asked[key], ids.device)[0] if key in asked else value[index] for key, value in clean.items()}
 
 
 def left_pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from safecode_mllm.decoding import kv
-from safecode_mllm.decoding.branches import Branches, left_pad, stack
+from safecode_mllm.decoding.branches import Branches, stack, with_suffixes
 from safecode_mllm.decoding.families import decoder_of, forward, has_encoder, prefill
+from safecode_mllm.decoding.probe import verify_once
 
 
 class EncoderBranches(Branches):
@@ -82,16 +83,8 @@ class EncoderBranches(Branches):
 
     def ask(self, suffixes: Sequence[Sequence[int]], hidden: Sequence[int], rows: Sequence[int]) -> Tensor:
         """Ask about the clean prompts as `Branches.ask` does, with a pass of its own: what an encoder read is fixed."""
-        index = torch.tensor(list(rows), device=self.mask.device)
-        length = self._clean["input_ids"].shape[1]
-        asked = []
-        for row, suffix, drop in zip(rows, suffixes, hidden, strict=True):
-            kept = self._clean["attention_mask"][row, : length - drop] == 1
-            asked.append([*self._clean["input_ids"][row, : length - drop][kept].tolist(), *suffix])
-        ids, mask = left_pad(asked, self.mask.device)
-        inputs = {key: value[index] for key, value in self._clean.items()}
-        inputs |= {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": self._start(len(asked))}
-        return prefill(self.model, **inputs)[0]
+        inputs = with_suffixes(self._clean, suffixes, hidden, rows)
+        return prefill(self.model, decoder_input_ids=self._start(len(rows)), **inputs)[0]
 
     def _start(self, rows: int) -> Tensor:
         token = start_token(self.decoder)
@@ -109,17 +102,22 @@ def start_token(decoder: Any) -> int:
 
 
 def make_branches(model: Any, clean: Mapping[str, Tensor], noised: Mapping[str, Tensor] | None, cache: Any) -> Branches:
-    """Return the branches that fit a model; arguments as for `Branches`."""
+    """Return the branches that fit a model; arguments as for `Branches`.
+
+    Raises:
+        UnsupportedModelError: the model is of a class that this package has no tests for, and its branches do not do
+            what the model does alone.
+    """
+    verify_once(model, clean, noised, plain_branches)
+    return plain_branches(model, clean, noised, cache)
+
+
+def plain_branches(
+    model: Any, clean: Mapping[str, Tensor], noised: Mapping[str, Tensor] | None, cache: Any
+) -> Branches:
+    """Return what `make_branches` does, unverified."""
     kind = EncoderBranches if has_encoder(decoder_of(model)) else Branches
     return kind(model, clean, noised, cache)
-
-
-def empty_cache_for(model: Any) -> Any:
-    """Return a cache for branches that no `generate()` prepares one for."""
-    from transformers import DynamicCache, EncoderDecoderCache
-
-    encoder = has_encoder(decoder_of(model))
-    return EncoderDecoderCache(DynamicCache(), DynamicCache()) if encoder else DynamicCache()
 
 
 def generate_arguments(model: Any, clean: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class Family:
         image_mask: key of the processor's output that says which images each token sees, where `forward` wants it in
             every pass.
         image_states: the text attends to image states that travel beside the KV cache.
+        reads_ahead: tokens of the prompt see those behind them, so that a prompt cannot be continued as a prompt.
         verified: whether tests of this package compare it with plain decoding; if not, `probe` does so at first use.
     """
 
@@ -34,6 +35,7 @@ class Family:
     decoder: str = ""
     image_mask: str = ""
     image_states: bool = False
+    reads_ahead: bool = False
     verified: bool = True
 
 
@@ -53,7 +55,7 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": Family("SmolVLM"),
     "internvl": Family("InternVL"),
     "gemma3": Family("Gemma 3"),
-    "paligemma": Family("PaliGemma"),
+    "paligemma": Family("PaliGemma", reads_ahead=True),
     "mllama": Family("Mllama (Llama 3.2 Vision)", image_mask="cross_attention_mask"),
     "mistral3": Family("Mistral 3"),
 }
@@ -80,7 +82,8 @@ def family_of(model: Any) -> Family:
     known = FAMILIES.get(_model_type(model.config))
     if known is not None:
         return known
-    accepted = forward_parameters(type(model))
+    model_class: Any = type(model)
+    accepted = forward_parameters(model_class)
     if not accepted & _IMAGE_ARGUMENTS:
         raise UnsupportedModelError(
             f"{type(model).__name__} (model type {_model_type(model.config)!r}) takes no images; use a vision-language "
@@ -110,8 +113,8 @@ def family_of_config(config: Any) -> Family:
     if model_type in LOADABLE:
         return Family(model_type, verified=False)
     raise UnsupportedModelError(
-        f"model type {model_type!r} is not supported: this version of transformers has no model of it that takes images "
-        f"and text; types that are tested: {', '.join(sorted(FAMILIES))}"
+        f"model type {model_type!r} is not supported: this version of transformers has no model of it that takes images"
+        f" and text; types that are tested: {', '.join(sorted(FAMILIES))}"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safecode_mllm.decoding.families import image_layers
+from safecode_mllm.decoding.families import decoder_of, has_encoder, image_layers
 from safecode_mllm.errors import UnsupportedModelError
 
 # Cache layers that keep keys and values of each column.
@@ -59,6 +59,13 @@ def empty_cache(given: Any) -> tuple[Any, bool]:
     # Columns that have left a sliding window may be needed again, by a fork that starts before them: a cache that was
     # made without the configuration keeps them all, and the mask hides them.
     return (DynamicCache() if any(getattr(layer, "is_sliding", False) for layer in given.layers) else given), False
+
+
+def new_cache(model: Any) -> Any:
+    """Return an empty cache for branches that no `generate()` prepares one for."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    return EncoderDecoderCache(DynamicCache(), DynamicCache()) if has_encoder(decoder_of(model)) else DynamicCache()
 
 
 def has_sliding_window(decoder: Any) -> bool:
@@ -132,7 +139,7 @@ def keep_first_rows(cache: Any, rows: int) -> None:
 
 
 def keep_first_columns(cache: Any, columns: int, image_layers: Collection[int] = ()) -> None:
-    """Forget all positions behind the first `columns` of every layer but `image_layers`, as views: nothing is copied."""
+    """Forget all positions behind the first `columns`, as views, of every layer but `image_layers`."""
     for index, layer in enumerate(cache.layers):
         if index in image_layers or not _is_filled(layer):
             continue

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from safecode_mllm.decoding import kv
 from safecode_mllm.decoding.branches import Branches
+from safecode_mllm.decoding.encoder_branches import make_branches
 from safecode_mllm.errors import SafeCoDeError
 from safecode_mllm.judges.calibration import (
     DEFAULT_THRESHOLD,
@@ -137,11 +139,9 @@ class SelfJudge:
         ]
 
     def _prefilled(self, requests: Sequence[JudgeRequest]) -> Branches:
-        from transformers import DynamicCache
-
         builder = self._require_builder()
         rows = [builder.build(request.image, request.prompt) for request in requests]
-        branches = Branches(self._model, self._inputs(rows), None, DynamicCache())
+        branches = make_branches(self._model, self._inputs(rows), None, kv.new_cache(self._model))
         branches.prefill()
         return branches
 
@@ -180,11 +180,9 @@ class SelfJudge:
 
     def _separate_prefill(self, requests: Sequence[JudgeRequest], texts: Sequence[str]) -> Tensor:
         """The same question where the template puts the image behind the text: nothing can be shared."""
-        from transformers import DynamicCache
-
         builder = self._require_builder()
         rows = [builder.build(r.image, f"{r.prompt}\n\n{text}") for r, text in zip(requests, texts, strict=True)]
-        return Branches(self._model, self._inputs(rows), None, DynamicCache()).prefill()[0]
+        return make_branches(self._model, self._inputs(rows), None, kv.new_cache(self._model)).prefill()[0]
 
     def _inputs(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         device, dtype = self._model.device, self._model.dtype
