@@ -149,7 +149,7 @@ class Answerer:
             timings=dict(report.seconds),
             error=error,
             token_ids=[] if error else kept,
-            context=request_context(row.image, row.request.prompt, row.config, self.model),
+            context=request_context(row.dialogue, row.config, self.model),
         )
 
     def _to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

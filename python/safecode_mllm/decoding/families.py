@@ -200,6 +200,11 @@ class ImageStates:
     argument: str = ""
     states: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[torch.Size, ...]:
+        """Of what there is: of what the columns see, and of the states."""
+        return tuple(tensor.shape for tensor in (self.visible, self.states) if tensor is not None)
+
     def rows(self, index: Tensor | slice) -> ImageStates:
         """Return the states of the rows of `index`, int64 [N] or a slice."""
         states = None if self.states is None else self.states[index]
@@ -207,7 +212,8 @@ class ImageStates:
 
     def load(self, other: ImageStates) -> None:
         """Take over the values of others of the same shape."""
-        self.states.copy_(other.states)
+        if self.states is not None and other.states is not None:
+            self.states.copy_(other.states)
         self.visible.copy_(other.visible)
 
     def seeing(self, visible: Tensor) -> ImageStates:

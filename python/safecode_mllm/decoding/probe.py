@@ -95,7 +95,7 @@ def _compare(found: Tensor, wanted: Tensor, where: str, name: str) -> None:
     if not difference <= share * spread:
         raise UnsupportedModelError(
             f"{name} is no tested class, and clean and noised rows in one batch do not give what its own generate "
-            f"does: the logits {where} differ by {difference:.3g}, at a spread of {spread:.3g} (allowed: {share:g} of it)"
+            f"does: the logits {where} differ by {difference:.3g}, at a spread of {spread:.3g} ({share:g} times it)"
         )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from safecode_mllm.conversations import Dialogue, Message
 from safecode_mllm.decoding import kv
 from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.encoder_branches import make_branches
@@ -105,15 +107,16 @@ class SelfJudge:
     def judge_many(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
         """Judge requests on their own, with a prefill of the clean images.
 
-        A request with earlier turns fails: this judge reads one.
+        A request with earlier turns but without its dialogue fails: the places of its pictures are not known.
 
         Raises:
             SafeCoDeError: the judge is not bound to a model yet.
         """
-        single = [request for request in requests if not request.conversation]
+        readable = [request.dialogue is not None or not request.conversation for request in requests]
+        single = [request for request, reads in zip(requests, readable, strict=True) if reads]
         verdicts = iter(self._judge(single) if single else [])
         unread = failed(self.name, "it reads one turn: choose a judge that reads several", version=self.version)
-        return [unread if request.conversation else next(verdicts) for request in requests]
+        return [next(verdicts) if reads else unread for reads in readable]
 
     @torch.no_grad()
     def _judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
@@ -140,7 +143,7 @@ class SelfJudge:
 
     def _prefilled(self, requests: Sequence[JudgeRequest]) -> Branches:
         builder = self._require_builder()
-        rows = [builder.build(request.image, request.prompt) for request in requests]
+        rows = [_build(builder, _dialogue(request)) for request in requests]
         branches = make_branches(self._model, self._inputs(rows), None, kv.new_cache(self._model))
         branches.prefill()
         return branches
@@ -169,7 +172,7 @@ class SelfJudge:
         """
         builder = self._require_builder()
         suffixes = [
-            builder.judge_suffix(request.prompt, text)
+            builder.judge_suffix(_dialogue(request), text)
             for texts in orders
             for request, text in zip(requests, texts, strict=True)
         ]
@@ -181,7 +184,8 @@ class SelfJudge:
     def _separate_prefill(self, requests: Sequence[JudgeRequest], texts: Sequence[str]) -> Tensor:
         """The same question where the template puts the image behind the text: nothing can be shared."""
         builder = self._require_builder()
-        rows = [builder.build(r.image, f"{r.prompt}\n\n{text}") for r, text in zip(requests, texts, strict=True)]
+        asked = [_dialogue(request).with_question(text) for request, text in zip(requests, texts, strict=True)]
+        rows = [_build(builder, dialogue) for dialogue in asked]
         return make_branches(self._model, self._inputs(rows), None, kv.new_cache(self._model)).prefill()[0]
 
     def _inputs(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -215,6 +219,16 @@ def _questions(request: JudgeRequest, caption: str | None) -> list[str]:
     return [f"{request.policy_text}\n{text}" for text in asked] if request.policy_text else asked
 
 
+def _dialogue(request: JudgeRequest) -> Dialogue:
+    return request.dialogue or Dialogue((request.image,), (Message("user", (None, request.prompt)),))
+
+
+def _build(builder: PromptBuilder, dialogue: Dialogue) -> dict[str, Tensor]:
+    return builder.build(dialogue.images, dialogue)
+
+
 def _blank(request: JudgeRequest) -> JudgeRequest:
-    """Return the same request about a picture that shows nothing, as large as its own."""
-    return JudgeRequest(Image.new("RGB", request.image.size, _BLANK), request.prompt, policy_text=request.policy_text)
+    """Return the same request about pictures that show nothing, as large as its own."""
+    dialogue = _dialogue(request)
+    blank = dialogue.with_images([Image.new("RGB", image.size, _BLANK) for image in dialogue.images])
+    return replace(request, image=blank.sheet(), dialogue=blank)
