@@ -66,7 +66,8 @@ class Dialogue:
         if isinstance(prompt, str) or not isinstance(prompt, Sequence):
             check_prompt(prompt)
             return cls(tuple(map(load_image, given)), (Message("user", (*[None] * len(given), prompt)),))
-        waiting, images = iter(given), []
+        waiting = iter(given)
+        images: list[Any] = []
         messages = tuple(_message(turn, number, waiting, images) for number, turn in enumerate(prompt, start=1))
         left = len(list(waiting))
         if left:

@@ -118,7 +118,11 @@ class PreparedRequest:
 
 def judge_request(dialogue: Dialogue) -> JudgeRequest:
     """Return what a judge is asked about a dialogue; one that reads one picture sees all of them side by side."""
-    said = [Turn(m.role, "\n".join(filter(None, m.parts))) for m in dialogue.messages[:-1] if m.role != "system"]
+    said = [
+        Turn("user" if m.role == "user" else "assistant", "\n".join(filter(None, m.parts)))
+        for m in dialogue.messages[:-1]
+        if m.role != "system"
+    ]
     rules = [text for m in dialogue.messages[:-1] if m.role == "system" for text in m.parts if text]
     whole = None if dialogue.is_plain else dialogue
     return JudgeRequest(dialogue.sheet(), "\n".join([*rules, dialogue.request]), tuple(said), dialogue=whole)

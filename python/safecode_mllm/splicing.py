@@ -64,8 +64,8 @@ def splice(
     old, new = segments(harmless, placeholder), segments(ids, placeholder)
     # Pictures with the same text between them stay together: only a user's text tells for sure where one ends.
     if len(old) == 1:  # no picture: every column is text, and any one serves as the model of the others
-        columns = torch.zeros(len(ids), dtype=torch.long)
-        alone = {k: v[:, columns] if runs_along_tokens(v, output["input_ids"][0]) else v for k, v in output.items()}
+        first = torch.zeros(len(ids), dtype=torch.long)
+        alone = {k: v[:, first] if runs_along_tokens(v, output["input_ids"][0]) else v for k, v in output.items()}
         return alone | {"input_ids": torch.tensor([list(ids)])}
     kept = [place for place in range(len(old)) if place in (0, len(old) - 1) or old[place] != new[place]]
     old, new = [old[place] for place in kept], [new[place] for place in kept]
