@@ -27,7 +27,8 @@ from tiny_parts import (
     llama,
     random_words,
 )
-from tiny_processors import tiny_processor
+from tiny_processors import PROCESSOR_NAMES, tiny_processor
+from tiny_tier2_processors import tier2_processor
 
 _QWEN_PATCH = 4
 _NEW_ROPE = int(transformers.__version__.split(".")[0]) >= 5
@@ -107,6 +108,8 @@ def build(name: str, tokens: TinyTokens, patch: int, seed: int = 0) -> tuple[Any
 
 def tiny_chat_model(name: str, seed: int = 0) -> tuple[Any, Any]:
     """Return a tiny random model that fits the tiny processor of its family, and that processor."""
+    if name not in PROCESSOR_NAMES:
+        return _tier2_chat_model(name, seed)
     processor = tiny_processor(name)
     ids = processor.tokenizer.convert_tokens_to_ids
     qwen = name.startswith("qwen")
@@ -120,6 +123,22 @@ def tiny_chat_model(name: str, seed: int = 0) -> tuple[Any, Any]:
     )
     patch = processor.image_processor.patch_size if qwen else 0
     return build(name, tokens, patch, seed)[0], processor
+
+
+def _tier2_chat_model(name: str, seed: int) -> tuple[Any, Any]:
+    processor = tier2_processor(name)
+    tokenizer = processor.tokenizer
+
+    def token(*roles: str) -> int:
+        """The first of these tokens that there is; an id that nothing writes without any."""
+        found = [getattr(tokenizer, f"{role}_token", None) for role in roles]
+        return next((tokenizer.convert_tokens_to_ids(text) for text in found if text), tokenizer.unk_token_id)
+
+    tokens = TinyTokens(
+        len(tokenizer), tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id,
+        token("image", "context_image"), token("video"), token("boi", "start_image"), token("eoi", "end_image"),
+    )  # fmt: skip
+    return build(name, tokens, 0, seed)[0], processor
 
 
 def noised_copy(inputs: dict[str, Tensor], seed: int = 7, std: float = 2.0) -> dict[str, Tensor]:

@@ -202,6 +202,10 @@ def blip_2_t5(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
     return config, transformers.Blip2ForConditionalGeneration, square_pictures(_QUERIES, 28)
 
 
+# All that fit into four tiles, in the order of the image processor.
+_RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
+
+
 def mllama(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
     text = dict(
         vocab_size=tokens.size, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
@@ -211,7 +215,7 @@ def mllama(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
     )  # fmt: skip
     vision = dict(
         hidden_size=32, intermediate_size=48, attention_heads=2, num_hidden_layers=2, num_global_layers=1,
-        image_size=_PICTURE, patch_size=_PATCH, max_num_tiles=4, supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+        image_size=_PICTURE, patch_size=_PATCH, max_num_tiles=4, supported_aspect_ratios=_RATIOS,
         intermediate_layers_indices=[0, 1], vision_output_dim=96,
     )  # fmt: skip
     config = transformers.MllamaConfig(text_config=text, vision_config=vision, image_token_index=tokens.image)

@@ -160,7 +160,8 @@ class PromptBuilder:
         return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
     def _process(self, images: Sequence[Image], text: str) -> dict[str, Tensor]:
-        pictures = {"images": list(images)} if images else {}
+        # Several belong to one text: some processors take a flat list for one picture of each of several texts.
+        pictures = {"images": list(images) if len(images) == 1 else [list(images)]} if images else {}
         output = self.processor(text=[text], return_tensors="pt", **pictures, **self._text_options(text))
         return dict(output.items())
 
