@@ -1,6 +1,6 @@
-"""Writes the measured tables into README.md and docs/hazard_world.md, and with --pictures draws their pictures again.
+"""Writes the measured tables into README.md and docs, and with --pictures draws their pictures again.
 
-    python scripts/update_docs.py             # tables, from benchmarks/results/hazard_world/summary.json
+    python scripts/update_docs.py             # tables, from benchmarks/results/hazard_world/summary.json and docs/support.json
     python scripts/update_docs.py --check     # change nothing; exit code 1 if a table is out of date
     python scripts/update_docs.py --pictures  # also the contact sheet and the example scene, from the packaged model
 
@@ -16,9 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from support_markdown import support_table
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "hazard_world" / "summary.json"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "hazard_world.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "hazard_world.md", ROOT / "docs" / "models.md")
 IMAGES = ROOT / "docs" / "images"
 RATES = {"unsafe_refused": "unsafe refused", "safe_answered": "safe answered", "balanced_accuracy": "balanced accuracy"}
 # Settles which run the example scene is, and no more.
@@ -52,6 +54,7 @@ def make_tables(summary: dict[str, Any]) -> dict[str, str]:
         "controls": rates_table(summary["controls"]),
         "strata": strata_table(summary["methods"]),
         "comparisons": comparisons_table(summary),
+        "support": support_table(),
     }
 
 

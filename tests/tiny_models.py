@@ -106,6 +106,12 @@ def build(name: str, tokens: TinyTokens, patch: int, seed: int = 0) -> tuple[Any
     return model, images
 
 
+def build_class(name: str) -> tuple[Any, type]:
+    """Return configuration and class of a family's tiny model, without building it."""
+    config, model_class, _ = _BUILDERS[name](TinyTokens(), _QWEN_PATCH)
+    return config, model_class
+
+
 def tiny_chat_model(name: str, seed: int = 0) -> tuple[Any, Any]:
     """Return a tiny random model that fits the tiny processor of its family, and that processor."""
     if name not in PROCESSOR_NAMES:

@@ -21,6 +21,7 @@ from safecode_mllm.judges.protocol import Judge, Verdict
 from safecode_mllm.judges.self_judge import SelfJudge
 from safecode_mllm.lengths import check_fits
 from safecode_mllm.loading import load_model
+from safecode_mllm.processor_check import check_processor
 from safecode_mllm.prompts import PromptBuilder
 from safecode_mllm.refusal import RefusalTokens
 from safecode_mllm.requests import ChatRequest, PreparedRequest, judge_request, prepare_request
@@ -40,7 +41,7 @@ class SafeCoDe:
 
     Raises:
         UnsupportedModelError: the model's class is not supported.
-        PromptError: the processor has no chat template.
+        PromptError: the processor has no chat template, or is that of another model.
         ConfigError: a judge is given that the configuration would never ask.
 
     Source: SafeCoDe (arXiv 2509.19212).
@@ -59,6 +60,7 @@ class SafeCoDe:
         self.processor = processor
         self.config = config or SafeCoDeConfig()
         self.builder = PromptBuilder(processor)
+        check_processor(self.model, self.builder)
         self.judge = self._make_judge(judge)
         self._answerer = Answerer(self.model, self.builder, refusal)
         if judge not in (None, "self") and not self.config.uses_verdict:

@@ -16,8 +16,9 @@ from safecode_mllm.decoding.families import placeholder_ids
 from safecode_mllm.errors import ImageError, PromptError
 from safecode_mllm.judges.protocol import JudgeRequest, Verdict
 from safecode_mllm.judges.question import questions
+from safecode_mllm.pipeline import SafeCoDe
 from safecode_mllm.prompts import PromptBuilder
-from tiny_models import CHAT_NAMES
+from tiny_models import CHAT_NAMES, tiny_chat_model
 
 LENGTH = {"max_new_tokens": 6, "min_new_tokens": 6}
 UNSAFE = Verdict("unsafe", 0.9)
@@ -207,3 +208,33 @@ def test_judges_that_look_at_one_picture_see_all_of_them_and_the_turns_before() 
     assert judge_request(Dialogue.of(None, "Hi")).image.getcolors() == [(64 * 64, (127, 127, 127))]
     plain = judge_request(Dialogue.of(picture(), PROMPT))
     assert plain == JudgeRequest(picture(), PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("model", "processor", "message"),
+    [
+        ("llava", "qwen2_5_vl", "Qwen2_5_VLProcessor .* which LlavaForConditionalGeneration does not take"),
+        ("qwen2_5_vl", "llava", "LlavaProcessor has .* tokens, Qwen2_5_VLForConditionalGeneration knows"),
+    ],
+)
+def test_the_processor_of_another_model_is_refused(model: str, processor: str, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        SafeCoDe(chat_model(model)[0], chat_model(processor)[1])
+
+
+def test_a_processor_with_another_image_token_is_refused() -> None:
+    model, processor = tiny_chat_model("llava")
+    model.config.image_token_id = model.config.image_token_index = 40
+    with pytest.raises(
+        PromptError, match=r"writes none of the image tokens of LlavaForConditionalGeneration \(\[40\]\)"
+    ):
+        SafeCoDe(model, processor)
+
+
+def test_a_processor_without_a_chat_template_is_refused() -> None:
+    model, processor = chat_model("llava")
+    other = processor.__class__.__new__(processor.__class__)
+    other.__dict__.update(processor.__dict__)
+    other.chat_template = None
+    with pytest.raises(PromptError, match="no chat template"):
+        SafeCoDe(model, other)

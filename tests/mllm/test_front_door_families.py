@@ -1,4 +1,4 @@
-"""From picture and text to steered tokens with the real processors, and every key of every processor in both branches."""
+"""From picture and text to steered tokens with real processors, and every key of every processor in both branches."""
 
 from __future__ import annotations
 
