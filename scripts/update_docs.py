@@ -1,6 +1,6 @@
 """Writes the measured tables into README.md and docs, and with --pictures draws their pictures again.
 
-    python scripts/update_docs.py             # tables, from benchmarks/results/hazard_world/summary.json and docs/support.json
+    python scripts/update_docs.py             # tables: benchmarks/results/hazard_world/summary.json, docs/support.json
     python scripts/update_docs.py --check     # change nothing; exit code 1 if a table is out of date
     python scripts/update_docs.py --pictures  # also the contact sheet and the example scene, from the packaged model
 
