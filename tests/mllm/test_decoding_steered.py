@@ -16,7 +16,8 @@ from safecode_mllm.decoding.families import placeholder_ids
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.loop import SteeredGeneration
 from safecode_mllm.judges.protocol import Verdict
-from tiny_models import EOS, FAMILY_NAMES, IMAGE, TinyModel, noised_copy, tiny_model
+from tiny_models import FAMILY_NAMES, TinyModel, noised_copy, tiny_model
+from tiny_parts import EOS, IMAGE
 from tiny_refusal import TinyTrie
 
 NEW_TOKENS = 9

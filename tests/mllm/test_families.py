@@ -15,10 +15,12 @@ import transformers
 from naive import NaiveSteering, first_ids, last_logits, naive_generate
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.decoding import kv
+from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.encoder_branches import make_branches
 from safecode_mllm.decoding.families import decoder_of, family_of, has_encoder, placeholder_ids
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.loop import SteeredGeneration
+from safecode_mllm.errors import UnsupportedModelError
 from safecode_mllm.judges.protocol import Verdict
 from support_cells import CELLS, NEWEST
 from tiny_models import TinyModel, noised_copy, tiny_model
@@ -123,3 +125,24 @@ def test_tier_1_cell(family: str, mode: str) -> None:
 @pytest.mark.parametrize(("family", "mode"), [(cell.family, cell.mode) for cell in CELLS if cell.tier == 2])
 def test_tier_2_cell(family: str, mode: str) -> None:
     CHECKS[mode](family)
+
+
+@pytest.mark.skipif(transformers.__version__ != NEWEST, reason=f"tier 2 is tested on transformers {NEWEST}")
+def test_a_language_model_with_an_encoder_returns_what_its_generate_returns_and_encodes_once() -> None:
+    tiny = model_of("instructblip_t5")
+    clean, noised = inputs_of("instructblip_t5", 2)
+    passes: list[int] = []
+    hooks = [
+        module.register_forward_hook(lambda *call: passes.append(1))
+        for module in (tiny.model.vision_model, tiny.model.language_model.encoder)
+    ]
+    generation = SteeredGeneration(clean, noised, Guidance(CONFIG, [True, True], TinyTrie()), lambda _: VERDICTS)
+    arguments = {"max_new_tokens": 4, "num_return_sequences": 2, "do_sample": True, "return_dict_in_generate": True}
+    ours = generation.generate(tiny.model, **arguments)
+    for hook in hooks:
+        hook.remove()
+    assert len(passes) == 2, "one vision pass and one encoder pass, of both branches"
+    stock = tiny.model.generate(**clean, **arguments)
+    assert type(ours) is type(stock) and ours.sequences.shape[0] == stock.sequences.shape[0] == 4
+    with pytest.raises(UnsupportedModelError, match="its language model has an encoder"):
+        Branches(tiny.model, clean, noised, kv.new_cache(tiny.model))

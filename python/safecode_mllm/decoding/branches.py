@@ -14,10 +14,12 @@ from safecode_mllm.decoding.families import (
     decoder_of,
     family_of,
     forward,
+    has_encoder,
     image_layers,
     prefill,
     prompt_positions,
 )
+from safecode_mllm.errors import UnsupportedModelError
 
 
 class Branches:
@@ -45,6 +47,11 @@ class Branches:
         kv.check_cache(cache)
         self.model = model
         self.decoder = decoder_of(model)
+        if has_encoder(self.decoder):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} on {type(self.decoder).__name__} is not supported here, since its language "
+                "model has an encoder; SteeredGeneration takes it"
+            )
         self.cache = cache
         self._image_layers = image_layers(self.decoder)
         self.rows = clean["input_ids"].shape[0]

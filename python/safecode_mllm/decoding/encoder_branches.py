@@ -120,6 +120,11 @@ def plain_branches(
     return kind(model, clean, noised, cache)
 
 
+def prompt_columns(model: Any, clean: Mapping[str, Tensor]) -> int:
+    """Return how many columns of what `generate()` returns stand before the answer."""
+    return 1 if has_encoder(decoder_of(model)) else clean["input_ids"].shape[1]
+
+
 def generate_arguments(model: Any, clean: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return what `generate()` of the model's decoder is told about the prompts."""
     if not has_encoder(decoder_of(model)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,13 +25,15 @@ FLOAT32_SHARE = 1e-3
 HALF_SHARE = 0.25
 _NOISE_SEED = 0
 
-_verified: WeakSet[Any] = WeakSet()
+# For each model which requests were compared: with pictures (True), of text alone (False).
+_verified: WeakKeyDictionary[Any, set[bool]] = WeakKeyDictionary()
 
 
 def verify_once(
     model: Any, clean: Mapping[str, Tensor], noised: Mapping[str, Tensor] | None, make: Callable[..., Any]
 ) -> None:
-    """Compare both branches of a model of an untested class with its own `generate`, the first time it is seen.
+    """Compare both branches of a model of an untested class with its own `generate`, the first time it is seen
+    with pictures, and the first time without.
 
     Args:
         model: a Hugging Face model.
@@ -41,7 +43,8 @@ def verify_once(
     Raises:
         UnsupportedModelError: they differ, or one of them fails; the message says where and by how much.
     """
-    if family_of(model).verified or model in _verified:
+    has_images = any(value.is_floating_point() for value in clean.values())
+    if family_of(model).verified or has_images in _verified.get(model, ()):
         return
     name = type(model).__name__
     try:
@@ -56,7 +59,7 @@ def verify_once(
             f"{name} is no tested class, and its branches could not be checked against its own generate: "
             f"{type(error).__name__}: {first_line}"
         ) from error
-    _verified.add(model)
+    _verified.setdefault(model, set()).add(has_images)
     logger.info("%s is no tested class; its branches equal its own generate on the first request", name)
 
 

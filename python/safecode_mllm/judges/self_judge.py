@@ -46,7 +46,8 @@ class SelfJudge:
         threshold: label is "unsafe" when the averaged probability is at least this, in (0, 1).
         captioned: let the model describe the image first, and ask with its description at hand: slower, since it
             writes; for models that see more when they have said what they see.
-        contextual: subtract the log-odds that the same question has on a blank image: what the wording alone says.
+        contextual: subtract the log-odds that the same question has on a blank image: what the wording alone says; not
+            for a request without an image.
         calibration: what `judge calibrate` fitted to this judge; brings its own threshold.
 
     Source: SafeCoDe (arXiv 2509.19212) section 3.2 for the scene-level verdict; the read-out is ours.
@@ -120,7 +121,13 @@ class SelfJudge:
 
     @torch.no_grad()
     def _judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
-        return self.read(self._prefilled(requests), range(len(requests)), requests)
+        verdicts: dict[int, Verdict] = {}
+        for with_pictures in (True, False):  # they cannot share a batch
+            places = [n for n, asked in enumerate(requests) if bool(_dialogue(asked).images) is with_pictures]
+            chosen = [requests[place] for place in places]
+            if chosen:
+                verdicts |= zip(places, self.read(self._prefilled(chosen), range(len(chosen)), chosen), strict=True)
+        return [verdicts[place] for place in range(len(requests))]
 
     @torch.no_grad()
     def read(self, branches: Branches, rows: Sequence[int], requests: Sequence[JudgeRequest]) -> list[Verdict]:
@@ -132,7 +139,7 @@ class SelfJudge:
             captions = [*describe(self._model, builder, [request.image for request in requests])]
         readings = self._readings(branches, rows, requests, captions)
         blanks: list[Reading | None] = [None] * len(requests)
-        if self.contextual:
+        if self.contextual and all(_dialogue(request).images for request in requests):
             blank_requests = [_blank(request) for request in requests]
             blanks = [*self._readings(self._prefilled(blank_requests), range(len(requests)), blank_requests, captions)]
         latency = (time.perf_counter() - started) / len(requests)
