@@ -181,7 +181,8 @@ def prompt_positions(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 @lru_cache(maxsize=64)
 def forward_parameters(model_class: Any) -> frozenset[str]:
     """Return the parameter names of a model class's `forward`; transformers versions differ in them."""
-    return frozenset(inspect.signature(model_class.forward).parameters)
+    forward = getattr(model_class, "forward", None)
+    return frozenset() if forward is None else frozenset(inspect.signature(forward).parameters)
 
 
 @dataclass(frozen=True)
