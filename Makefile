@@ -20,7 +20,7 @@ LINTED := safecode_kernels python tests benchmarks scripts setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-all test-matrix test-triton test-published sanitize-cpu lint format dist bench-hazard-world clean clean-all
+.PHONY: help venv demo test test-all test-matrix test-triton test-published support-table sanitize-cpu lint format dist bench-hazard-world clean clean-all
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,11 @@ test-triton: $(INSTALLED) ## compile the Triton kernels without a GPU; TRITON_FL
 test-published: $(INSTALLED) ## compare the drop-in with the published code: make test-published PUBLISHED=FOLDER
 	@test -n "$(PUBLISHED)" || { echo "Set PUBLISHED to the folder of a checkout of the published code."; exit 2; }
 	$(PYTEST) tests/published --published "$(PUBLISHED)"
+
+support-table: $(INSTALLED) ## run the tests of the support table on each version, and write it into docs/models.md
+	MATRIX_MARKS= MATRIX_TESTS="tests/mllm/test_families.py tests/mllm/test_front_door_families.py" $(MAKE) test-matrix
+	$(BIN)/python scripts/support_table.py
+	$(BIN)/python scripts/update_docs.py
 
 sanitize-cpu: $(INSTALLED) ## run the grid and some fuzz on an instrumented build of the native CPU code
 	bash scripts/sanitize_cpu.sh $(BIN)

@@ -1,8 +1,6 @@
 """Reads what the tests of the support table came to on each version of transformers, and writes docs/support.json.
 
-    make test-matrix                  # leaves .matrix/VERSION.xml
-    python scripts/support_table.py   # docs/support.json from them
-    python scripts/update_docs.py     # the table in docs/models.md from that
+    make support-table   # runs them, this script, and scripts/update_docs.py, which writes docs/models.md
 
 A test of tests/mllm/test_families.py is a cell; so is one of test_real_processors_through_the_front_door.
 """

@@ -26,7 +26,7 @@ def test_every_cell_is_a_test_and_every_test_a_cell() -> None:
     wanted |= {(name, "front_door"): VERSIONS for name in CHAT_NAMES}
     wanted |= {(name, "front_door"): [NEWEST] for name in ("idefics3", *TIER2_CHAT_NAMES)}
     found = {(family, mode): versions for family, modes in PASSED.items() for mode, versions in modes.items()}
-    assert found == wanted, "run make test-matrix, then scripts/support_table.py and scripts/update_docs.py"
+    assert found == wanted, "run make support-table"
 
 
 def test_every_family_has_a_row_and_every_empty_cell_a_reason() -> None:

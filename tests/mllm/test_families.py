@@ -122,7 +122,14 @@ def test_tier_1_cell(family: str, mode: str) -> None:
 
 
 @pytest.mark.skipif(transformers.__version__ != NEWEST, reason=f"tier 2 is tested on transformers {NEWEST}")
-@pytest.mark.parametrize(("family", "mode"), [(cell.family, cell.mode) for cell in CELLS if cell.tier == 2])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        pytest.param(cell.family, cell.mode, marks=[pytest.mark.slow] if cell.mode == "batch" else [])
+        for cell in CELLS
+        if cell.tier == 2
+    ],
+)
 def test_tier_2_cell(family: str, mode: str) -> None:
     CHECKS[mode](family)
 

@@ -31,7 +31,14 @@ CONVERSATION = [
 ]
 # Which versions can build the processors of the others without torchvision is in docs/models.md.
 only_newest = pytest.mark.skipif(transformers.__version__ != NEWEST, reason=f"tested on transformers {NEWEST}")
-newest = [pytest.param(name, marks=only_newest) for name in ("idefics3", *TIER2_CHAT_NAMES)]
+NEW_NAMES = ("idefics3", *TIER2_CHAT_NAMES)
+newest = [pytest.param(name, marks=[only_newest, pytest.mark.slow]) for name in NEW_NAMES]
+# One picture is the smoke test of these families; the rest is slow.
+WAYS = [
+    *((name, several) for name in CHAT_NAMES for several in (False, True)),
+    *(pytest.param(name, False, marks=only_newest) for name in NEW_NAMES),
+    *(pytest.param(name, True, marks=[only_newest, pytest.mark.slow]) for name in NEW_NAMES),
+]
 
 
 @contextmanager
@@ -61,8 +68,7 @@ def check_both_branches(seen: dict[str, Any], clean: Any, noised: Any) -> None:
     assert differing == ["pixel_values"]
 
 
-@pytest.mark.parametrize("several", [False, True], ids=["one picture", "conversation"])
-@pytest.mark.parametrize("name", [*CHAT_NAMES, *newest])
+@pytest.mark.parametrize(("name", "several"), WAYS)
 def test_real_processors_through_the_front_door(name: str, several: bool) -> None:
     sc = front_door(name)
     image: Any = [picture(0), picture(1, (44, 60))] if several else picture()
