@@ -20,7 +20,7 @@ LINTED := safecode_kernels python tests benchmarks scripts setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv gpu-report-kernels gpu-report-generate demo test test-all test-matrix test-triton test-published test-cuda-build sanitize sanitize-cpu lint format dist bench-hazard-world clean clean-all
+.PHONY: help venv gpu-report-kernels gpu-report-generate demo test test-all test-matrix test-triton test-published support-table test-cuda-build sanitize sanitize-cpu lint format dist bench-hazard-world clean clean-all
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,11 @@ test-cuda-build: $(INSTALLED) ## compile the CUDA module with nvcc for sm_90a, l
 # Exit code 3: what could not run is listed as not available, and nothing failed.
 sanitize: $(INSTALLED) ## watch the CUDA kernels: emulated by the compiler's sanitizers, on a GPU by compute-sanitizer
 	bash scripts/sanitize_cuda.sh $(BIN)/python emulated gpu || test $$? -eq 3
+
+support-table: $(INSTALLED) ## run the tests of the support table on each version, and write it into docs/models.md
+	MATRIX_MARKS= MATRIX_TESTS="tests/mllm/test_families.py tests/mllm/test_front_door_families.py" $(MAKE) test-matrix
+	$(BIN)/python scripts/support_table.py
+	$(BIN)/python scripts/update_docs.py
 
 sanitize-cpu: $(INSTALLED) ## run the grid and some fuzz on an instrumented build of the native CPU code
 	bash scripts/sanitize_cpu.sh $(BIN)

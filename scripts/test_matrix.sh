@@ -2,6 +2,7 @@
 # Runs the tests that touch transformers on every version in tests/matrix, in one torch environment: each version is
 # installed into a folder of its own that PYTHONPATH puts in front of the environment's.
 # usage: test_matrix.sh FOLDER_OF_PYTHON_AND_PYTEST
+# MATRIX_TESTS: run these files or folders instead of all. MATRIX_MARKS: which of their tests, as for pytest -m.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 binaries=$1
@@ -21,5 +22,8 @@ for pins in tests/matrix/*.txt; do
         exit 1
     fi
     printf '\n--- transformers %s\n' "$version"
-    PYTHONPATH=$in_front OMP_NUM_THREADS=1 "$binaries/pytest" -n "${JOBS:-2}" -m "not slow" tests/mllm tests/hazard_world
+    # scripts/support_table.py reads what the tests of the support table came to.
+    # shellcheck disable=SC2086
+    PYTHONPATH=$in_front OMP_NUM_THREADS=1 "$binaries/pytest" -n "${JOBS:-2}" -m "${MATRIX_MARKS-not slow}" \
+        --junitxml ".matrix/$version.xml" ${MATRIX_TESTS:-tests/mllm tests/hazard_world}
 done

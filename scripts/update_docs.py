@@ -1,6 +1,6 @@
 """Writes the measured tables into README.md and the pages of docs, and with --pictures draws their pictures again.
 
-    python scripts/update_docs.py             # tables, from benchmarks/results
+    python scripts/update_docs.py             # tables, from benchmarks/results and docs/support.json
     python scripts/update_docs.py --check     # change nothing; exit code 1 if a table is out of date
     python scripts/update_docs.py --pictures  # also the contact sheet and the example scene, from the packaged model
 
@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from speed_tables import markdown, speed_tables
+from support_markdown import support_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "hazard_world" / "summary.json"
@@ -56,6 +57,7 @@ def make_tables(summary: dict[str, Any]) -> dict[str, str]:
         "controls": rates_table(summary["controls"]),
         "strata": strata_table(summary["methods"]),
         "comparisons": comparisons_table(summary),
+        "support": support_table(),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safecode_mllm.decoding.families import decoder_of, has_encoder
 from tiny_models import extended
 
 
@@ -29,7 +30,7 @@ def naive_generate(
     model: Any, clean: dict[str, Tensor], noised: dict[str, Tensor], steering: NaiveSteering, new_tokens: int
 ) -> tuple[Tensor, list[Tensor]]:
     """Return ids [B, L + n] and the scores [B, V] that each token was the best of."""
-    ids, all_scores = clean["input_ids"], []
+    ids, all_scores = first_ids(model, clean), []
     rows = ids.shape[0]
     bias = steering.bias or [0.0] * rows
     states = [steering.refusal.start if steering.refusal and value else -1 for value in bias]
@@ -72,7 +73,16 @@ def members(words: Tensor, vocab_size: int) -> list[int]:
     return [token for token in range(vocab_size) if int(words[token // 32]) >> (token % 32) & 1]
 
 
+def first_ids(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """What an answer continues, int64 [B, L]: the prompt, or the start token of a decoder that reads an encoder."""
+    if has_encoder(decoder_of(model)):
+        return torch.full_like(inputs["input_ids"][:, :1], model.language_model.config.decoder_start_token_id)
+    return inputs["input_ids"]
+
+
 @torch.no_grad()
 def last_logits(model: Any, inputs: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """Logits [B, V] behind `ids`, from scratch."""
+    """Logits [B, V] behind `ids`, from scratch; for a model with an encoder these are its decoder's."""
+    if has_encoder(decoder_of(model)):
+        return model(**inputs, decoder_input_ids=ids, use_cache=False).logits[:, -1].float()
     return model(**extended(inputs, ids), use_cache=False).logits[:, -1].float()

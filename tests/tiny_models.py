@@ -14,35 +14,31 @@ import torch
 import transformers
 from torch import Tensor
 
+import tiny_tier2
 from safecode_mllm.decoding.families import decoder_of
-from tiny_processors import tiny_processor
+from tiny_parts import (
+    BOS,
+    IMAGE,
+    PAD,
+    VISION_END,
+    VISION_START,
+    TinyTokens,
+    clip,
+    llama,
+    random_words,
+)
+from tiny_processors import PROCESSOR_NAMES, tiny_processor
+from tiny_tier2_processors import tier2_processor
 
-VOCAB = 200
-PAD, BOS, EOS, IMAGE, VIDEO, VISION_START, VISION_END = 0, 1, 2, 5, 6, 7, 8
-_FIRST_WORD = 10  # ids below are special
 _QWEN_PATCH = 4
 _NEW_ROPE = int(transformers.__version__.split(".")[0]) >= 5
 
 # Families whose processors take a chat, so that the front door serves them.
 CHAT_NAMES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-FAMILY_NAMES = (*CHAT_NAMES, "instructblip", "idefics")
-
-
-@dataclass(frozen=True)
-class TinyTokens:
-    """Vocabulary size and special ids of a tiny model."""
-
-    size: int = VOCAB
-    pad: int = PAD
-    bos: int = BOS
-    eos: int = EOS
-    image: int = IMAGE
-    video: int = VIDEO
-    vision_start: int = VISION_START
-    vision_end: int = VISION_END
-
-    def placeholders(self) -> list[int]:
-        return [self.image, self.video, self.vision_start, self.vision_end]
+FAMILY_NAMES = (*CHAT_NAMES, "instructblip", "idefics", "idefics3")
+# Tested on the newest transformers, in the dynamic loop and with the self-judge.
+TIER2_NAMES = (*sorted(set(tiny_tier2.BUILDERS) - set(FAMILY_NAMES)), "qwen3_vl_moe")
+_QUERIES_FIRST = ("instructblip", "blip_2", "paligemma")
 
 
 @dataclass
@@ -61,27 +57,40 @@ def tiny_model(name: str, seed: int = 0) -> TinyModel:
     def prompts(rows: int = 1, extra: tuple[int, ...] = (), seed: int = 1) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         counts, pixels = images(rows, generator)
-        words = [[_words(6 + (extra[row] if extra else 0), generator), _words(5, generator)] for row in range(rows)]
-        mrope = name.startswith("qwen")
-        opening, closing = ([VISION_START], [VISION_END]) if mrope else ([], [])
-        if name == "instructblip":  # the query tokens stand in front of everything
-            ids = [
-                [*[IMAGE] * count, BOS, *before, *after] for (before, after), count in zip(words, counts, strict=True)
-            ]
-        else:
-            ids = [
-                [*([] if mrope else [BOS]), *before, *opening, *[IMAGE] * count, *closing, *after]
-                for (before, after), count in zip(words, counts, strict=True)
-            ]
+        ids = []
+        for row, count in enumerate(counts):
+            before = random_words(6 + (extra[row] if extra else 0), generator)
+            ids.append(_arrange(name, before, [IMAGE] * count, random_words(5, generator)))
         batch = _left_pad(ids)
-        if mrope and _NEW_ROPE:
-            batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).int()
-        if name == "idefics":  # every token from the image on attends to it
-            seen = (batch["input_ids"] == IMAGE).cumsum(-1) > 0
-            batch["image_attention_mask"] = seen[..., None].long()
-        return batch | pixels
+        return batch | _along_tokens(name, batch["input_ids"], pixels) | pixels
 
     return TinyModel(name, model, prompts)
+
+
+def _arrange(name: str, before: list[int], image: list[int], after: list[int]) -> list[int]:
+    """Put words and image tokens into the order that the family's processor gives them."""
+    if name.startswith(_QUERIES_FIRST):  # stand-ins for what the text model is given of the image
+        return [*image, BOS, *before, *after]
+    if name.startswith("qwen"):
+        return [*before, VISION_START, *image, VISION_END, *after]
+    return [BOS, *before, *image, *after]
+
+
+def _along_tokens(name: str, ids: Tensor, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a processor says about each token beside its id."""
+    is_image = ids == IMAGE
+    seen = is_image.cumsum(-1) > 0
+    if name.startswith("qwen") and _NEW_ROPE:
+        return {"mm_token_type_ids": is_image.int()}
+    if name == "gemma3":
+        return {"token_type_ids": is_image.long()}
+    if name == "paligemma":
+        return {"token_type_ids": torch.zeros_like(ids)}
+    if name == "idefics":  # every token from the image on attends to it
+        return {"image_attention_mask": seen[..., None].long()}
+    if name == "mllama":  # and to each of its tiles
+        return {"cross_attention_mask": seen[..., None, None] * pixels["aspect_ratio_mask"][:, None]}
+    return {}
 
 
 def build(name: str, tokens: TinyTokens, patch: int, seed: int = 0) -> tuple[Any, Any]:
@@ -97,8 +106,16 @@ def build(name: str, tokens: TinyTokens, patch: int, seed: int = 0) -> tuple[Any
     return model, images
 
 
+def build_class(name: str) -> tuple[Any, type]:
+    """Return configuration and class of a family's tiny model, without building it."""
+    config, model_class, _ = _BUILDERS[name](TinyTokens(), _QWEN_PATCH)
+    return config, model_class
+
+
 def tiny_chat_model(name: str, seed: int = 0) -> tuple[Any, Any]:
     """Return a tiny random model that fits the tiny processor of its family, and that processor."""
+    if name not in PROCESSOR_NAMES:
+        return _tier2_chat_model(name, seed)
     processor = tiny_processor(name)
     ids = processor.tokenizer.convert_tokens_to_ids
     qwen = name.startswith("qwen")
@@ -114,6 +131,22 @@ def tiny_chat_model(name: str, seed: int = 0) -> tuple[Any, Any]:
     return build(name, tokens, patch, seed)[0], processor
 
 
+def _tier2_chat_model(name: str, seed: int) -> tuple[Any, Any]:
+    processor = tier2_processor(name)
+    tokenizer = processor.tokenizer
+
+    def token(*roles: str) -> int:
+        """The first of these tokens that there is; an id that nothing writes without any."""
+        found = [getattr(tokenizer, f"{role}_token", None) for role in roles]
+        return next((tokenizer.convert_tokens_to_ids(text) for text in found if text), tokenizer.unk_token_id)
+
+    tokens = TinyTokens(
+        len(tokenizer), tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id,
+        token("image", "context_image"), token("video"), token("boi", "start_image"), token("eoi", "end_image"),
+    )  # fmt: skip
+    return build(name, tokens, 0, seed)[0], processor
+
+
 def noised_copy(inputs: dict[str, Tensor], seed: int = 7, std: float = 2.0) -> dict[str, Tensor]:
     """The same prompt with noised pixels; exact-zero padding stays zero."""
     noise = torch.randn(inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(seed)) * std
@@ -125,18 +158,17 @@ def extended(inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
     """The prompt continued to `ids` [B, L + n] for a forward pass without a cache."""
     added = ids.shape[1] - inputs["input_ids"].shape[1]
     longer = dict(inputs, input_ids=ids)
-    for key, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+    # PaliGemma's prompt is of type 0 and its answer of type 1; where there are images in the types, text is 0.
+    answer = int("token_type_ids" in longer and not longer["token_type_ids"].any())
+    for key, fill in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", answer)):
         if key in longer:
             tail = torch.full((ids.shape[0], added), fill, dtype=longer[key].dtype)
             longer[key] = torch.cat([longer[key], tail], 1)
-    if "image_attention_mask" in longer:
-        seen = longer["image_attention_mask"]
-        longer["image_attention_mask"] = torch.cat([seen, seen[:, -1:].expand(-1, added, -1)], 1)
+    for key in ("image_attention_mask", "cross_attention_mask"):
+        if key in longer:
+            seen = longer[key]
+            longer[key] = torch.cat([seen, seen[:, -1:].expand(-1, added, *seen.shape[2:])], 1)
     return longer
-
-
-def _words(count: int, generator: torch.Generator) -> list[int]:
-    return torch.randint(_FIRST_WORD, VOCAB - 10, (count,), generator=generator).tolist()
 
 
 def _left_pad(rows: list[list[int]]) -> dict[str, Tensor]:
@@ -149,25 +181,9 @@ def _left_pad(rows: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _llama(tokens: TinyTokens, **changes: Any) -> dict[str, Any]:
-    return dict(
-        model_type="llama", vocab_size=tokens.size, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, pad_token_id=tokens.pad,
-        bos_token_id=tokens.bos,
-        eos_token_id=tokens.eos,
-    ) | changes  # fmt: skip
-
-
-def _clip(size: int) -> dict[str, Any]:
-    return dict(
-        model_type="clip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=2, image_size=size, patch_size=7, projection_dim=32,
-    )  # fmt: skip
-
-
 def _llava(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
     config = transformers.LlavaConfig(
-        vision_config=_clip(28), text_config=_llama(tokens), image_token_index=tokens.image, vision_feature_layer=-2,
+        vision_config=clip(28), text_config=llama(tokens), image_token_index=tokens.image, vision_feature_layer=-2,
         vision_feature_select_strategy="default", image_seq_length=16,
     )  # fmt: skip
     config.image_token_id = tokens.image
@@ -180,7 +196,7 @@ def _llava(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
 
 def _llava_next(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
     config = transformers.LlavaNextConfig(
-        vision_config=_clip(14), text_config=_llama(tokens, model_type="mistral", sliding_window=None),
+        vision_config=clip(14), text_config=llama(tokens, model_type="mistral", sliding_window=None),
         image_token_index=tokens.image, vision_feature_layer=-2, vision_feature_select_strategy="default",
         image_grid_pinpoints=[[14, 28], [28, 14], [28, 28]], image_seq_length=4,
     )  # fmt: skip
@@ -201,7 +217,7 @@ def _llava_next(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
 
 def _qwen(tokens: TinyTokens, text: dict[str, Any], vision: dict[str, Any], name: str) -> tuple[Any, type, Any]:
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-    text = _llama(tokens, **text)
+    text = llama(tokens, **text)
     del text["model_type"]
     if _NEW_ROPE:
         text["rope_parameters"] = rope
@@ -248,17 +264,26 @@ def _qwen3_vl(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
     return _qwen(tokens, {"head_dim": 16}, vision, "Qwen3VL")
 
 
+def _qwen3_vl_moe(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
+    vision = _qwen_vision(
+        patch, depth=3, hidden_size=32, intermediate_size=48, out_hidden_size=64, num_position_embeddings=16,
+        deepstack_visual_indexes=[0, 1],
+    )  # fmt: skip
+    text = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return _qwen(tokens, text, vision, "Qwen3VLMoe")
+
+
 def _instructblip(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
     layers = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
     config = transformers.InstructBlipConfig(
         vision_config=layers | dict(image_size=28, patch_size=7),
         qformer_config=layers | dict(vocab_size=tokens.size, encoder_hidden_size=32, cross_attention_frequency=1),
-        text_config=_llama(tokens), num_query_tokens=8, image_token_index=tokens.image,
+        text_config=llama(tokens), num_query_tokens=8, image_token_index=tokens.image,
     )  # fmt: skip
 
     def images(rows: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
         pixels = torch.randn(rows, 3, 28, 28, generator=generator)
-        words = torch.tensor([_words(5, generator) for _ in range(rows)])
+        words = torch.tensor([random_words(5, generator) for _ in range(rows)])
         return [8] * rows, {
             "pixel_values": pixels, "qformer_input_ids": words, "qformer_attention_mask": torch.ones_like(words)
         }  # fmt: skip
@@ -285,11 +310,13 @@ def _idefics(tokens: TinyTokens, patch: int) -> tuple[Any, type, Any]:
 
 
 _BUILDERS: dict[str, Callable[[TinyTokens, int], tuple[Any, type, Any]]] = {
+    **tiny_tier2.BUILDERS,
     "llava": _llava,
     "llava_next": _llava_next,
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
+    "qwen3_vl_moe": _qwen3_vl_moe,
     "instructblip": _instructblip,
     "idefics": _idefics,
 }
@@ -305,6 +332,10 @@ def _randomise(model: Any, tokens: TinyTokens, seed: int) -> None:
             weight.copy_(0.8 + 0.1 * noise)
         elif "query_tokens" in name or "latents" in name:
             weight.copy_(noise)
+        elif weight.dim() == 1 and name.endswith("gate"):  # the gates of cross-attention
+            weight.copy_(0.8 + 0.1 * noise)
+        elif "experts" in name:
+            weight.copy_(noise * 1.2 / weight.shape[-1] ** 0.5)
         elif weight.dim() == 1:
             is_norm = name.endswith("norm.weight") or "layernorm" in name.lower()
             weight.copy_((1.0 if is_norm else 0.0) + 0.05 * noise)

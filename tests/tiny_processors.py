@@ -137,7 +137,7 @@ def tiny_processor(name: str) -> Any:
     """Return the processor of a family, for pictures of a few dozen pixels."""
     if name == "llava":
         return transformers.LlavaProcessor(
-            image_processor=_image_processor("CLIP", size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+            image_processor=image_processor("CLIP", size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
             tokenizer=sentencepiece_like_tokenizer(True), patch_size=7, vision_feature_select_strategy="default",
             num_additional_image_tokens=1, chat_template=_LLAVA_TEMPLATE, image_token="<image>",
         )  # fmt: skip
@@ -145,7 +145,7 @@ def tiny_processor(name: str) -> Any:
         pinpoints = [[14, 28], [28, 14], [28, 28]]
         crop = {"height": 14, "width": 14}
         return transformers.LlavaNextProcessor(
-            image_processor=_image_processor(
+            image_processor=image_processor(
                 "LlavaNext", size={"shortest_edge": 14}, crop_size=crop, image_grid_pinpoints=pinpoints
             ),
             tokenizer=sentencepiece_like_tokenizer(False), patch_size=7, vision_feature_select_strategy="default",
@@ -163,7 +163,7 @@ def _qwen_processor(name: str) -> Any:
     pixels = (2 * patch) ** 2
     size = {"shortest_edge": 4 * pixels, "longest_edge": 16 * pixels}
     processor = processor_class.__new__(processor_class)
-    processor.image_processor = _image_processor("Qwen2VL", patch_size=patch, size=size)
+    processor.image_processor = image_processor("Qwen2VL", patch_size=patch, size=size)
     processor.tokenizer = byte_level_tokenizer()
     processor.video_processor = None
     processor.chat_template = _QWEN_TEMPLATE
@@ -177,7 +177,7 @@ def _qwen_processor(name: str) -> Any:
     return processor
 
 
-def _image_processor(family: str, **settings: Any) -> Any:
+def image_processor(family: str, **settings: Any) -> Any:
     """The torchvision-free class, whatever this version calls it."""
     without_torchvision = getattr(transformers, f"{family}ImageProcessorPil", None)
     return (without_torchvision or getattr(transformers, f"{family}ImageProcessor"))(**settings)

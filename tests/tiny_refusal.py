@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from safecode_kernels import pack_masks
-from tiny_models import VOCAB
+from tiny_parts import VOCAB
 
 
 class TinyTrie:

@@ -11,6 +11,7 @@ from torch import Tensor
 from safecode_mllm.audit import generation_settings, request_context
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.decoding.branches import Branches
+from safecode_mllm.decoding.encoder_branches import prompt_columns
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.loop import SteeredGeneration, Verdicts
 from safecode_mllm.decoding.step_pool import StepPool
@@ -88,7 +89,7 @@ class Answerer:
         styled = with_style(generation, limits, completed, self.model)
         generation.new_tokens = limits.per_row
         output = generation.generate(self.model, **limits.apply(styled))
-        new_ids = output[:, clean["input_ids"].shape[1] :].tolist()
+        new_ids = output[:, prompt_columns(self.model, clean) :].tolist()
         results = [self._result(row, index, new_ids[index], generation, record) for index, row in enumerate(rows)]
         for result in results:
             result.context["generation"] = generation_settings(arguments)
@@ -149,7 +150,7 @@ class Answerer:
             timings=dict(report.seconds),
             error=error,
             token_ids=[] if error else kept,
-            context=request_context(row.image, row.request.prompt, row.config, self.model),
+            context=request_context(row.dialogue, row.config, self.model),
         )
 
     def _to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 from PIL.Image import Image
 
 from safecode_mllm.config import SafeCoDeConfig
+from safecode_mllm.conversations import Dialogue
 
 _PACKAGES = ("safecode-kernels", "torch", "transformers", "pillow")
 
 
-def request_context(image: Image, prompt: str, config: SafeCoDeConfig, model: Any) -> dict[str, Any]:
+def request_context(dialogue: Dialogue, config: SafeCoDeConfig, model: Any) -> dict[str, Any]:
     """Return preset, digests, model and versions of one request, JSON-ready."""
     return {
         "preset": config.preset,
@@ -25,8 +27,8 @@ def request_context(image: Image, prompt: str, config: SafeCoDeConfig, model: An
         "model_class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        "image_sha256": _image_digest(image),
-        "prompt_sha256": hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest(),
+        "image_sha256": _images_digest(dialogue.images),
+        "prompt_sha256": _prompt_digest(dialogue),
         "versions": dict(_versions()),
     }
 
@@ -42,6 +44,22 @@ def _json_ready(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_json_ready(item) for item in value]
     return type(value).__name__
+
+
+def _images_digest(images: Sequence[Image]) -> str | None:
+    """Return the digest of one picture, that of the digests of several, or None without any."""
+    digests = [_image_digest(image) for image in images]
+    if len(digests) < 2:
+        return digests[0] if digests else None
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _prompt_digest(dialogue: Dialogue) -> str:
+    """Return the digest of the user's text, or of the whole conversation as JSON where there is more than one text."""
+    plain = len(dialogue.texts) == 1 and len(dialogue.messages) == 1
+    turns = [[turn.role, list(turn.parts)] for turn in dialogue.messages]
+    text = dialogue.texts[0] if plain else json.dumps(turns)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _image_digest(image: Image) -> str:

@@ -31,12 +31,12 @@ def batch_kind(row: PreparedRequest) -> tuple[Any, ...]:
 
     Weights, bias, verdicts, fixed windows, seeds and lengths differ freely between the rows of a batch.
     """
-    config = row.config
+    config, keys = row.config, tuple(sorted(row.clean))  # a request of text alone has fewer
     if not row.steered:
-        return ("off",)
+        return ("off", keys)
     window = config.steps if isinstance(config.steps, str) else "fixed"
     shared = (getattr(config, name) for name in _SHARED_FIELDS)
-    return ("on", window, config.uses_contrast, config.uses_verdict, *shared)
+    return ("on", keys, window, config.uses_contrast, config.uses_verdict, *shared)
 
 
 def into_batches(rows: Sequence[PreparedRequest], batch_size: int) -> list[list[PreparedRequest]]:

@@ -72,8 +72,8 @@ def noised_pixels(
     """Return a noised copy of a processor's output for one image, for noise_space="model".
 
     Args:
-        pixel_values: floating, any device: [.., C, H, W] (with 5 dimensions the second is tiles, and a tile of exact
-            zeros is padding and stays zero), or Qwen's flattened patches [N, C * T * P * P].
+        pixel_values: floating, any device: [.., C, H, W] (with 5 dimensions or more the one before C is
+            tiles, and a tile of exact zeros is padding and stays zero), or Qwen's flattened patches [N, C * T * P * P].
         image_processor: read for image_mean, image_std, do_normalize, rescale_factor, do_rescale, and for flattened
             patches temporal_patch_size and patch_size.
         config: reads noise, noise_sigma and noise_step. "gaussian" adds N(0, sigma) in [0, 1] pixel units and clips to
@@ -109,7 +109,7 @@ def noised_pixels(
         else:
             noised = (values + config.noise_sigma * (white - black) * noise).clamp(black, white)
     result = noised.reshape(pixel_values.shape).to(pixel_values.dtype)
-    return _keep_padding_tiles(pixel_values, result) if pixel_values.ndim == 5 else result.contiguous()
+    return _keep_padding_tiles(pixel_values, result) if pixel_values.ndim >= 5 else result.contiguous()
 
 
 def diffusion_keep(step: int) -> float:

@@ -12,18 +12,19 @@ from safecode_kernels import explain
 from safecode_mllm.answering import Answerer
 from safecode_mllm.batching import DEFAULT_BATCH_SIZE, BatchRunner, Progress, in_order, watched
 from safecode_mllm.config import SafeCoDeConfig
+from safecode_mllm.conversations import Dialogue
 from safecode_mllm.decoding.families import family_of
 from safecode_mllm.errors import ConfigError
 from safecode_mllm.generate_arguments import check_arguments
-from safecode_mllm.images import load_image
 from safecode_mllm.judges import bind, make_judge
-from safecode_mllm.judges.protocol import Judge, JudgeRequest, Verdict
+from safecode_mllm.judges.protocol import Judge, Verdict
 from safecode_mllm.judges.self_judge import SelfJudge
 from safecode_mllm.lengths import check_fits
 from safecode_mllm.loading import load_model
+from safecode_mllm.processor_check import check_processor
 from safecode_mllm.prompts import PromptBuilder
 from safecode_mllm.refusal import RefusalTokens
-from safecode_mllm.requests import ChatRequest, PreparedRequest, prepare_request
+from safecode_mllm.requests import ChatRequest, PreparedRequest, judge_request, prepare_request
 from safecode_mllm.results import ChatResult, Steering
 from safecode_mllm.streaming import ChatStream
 
@@ -40,7 +41,7 @@ class SafeCoDe:
 
     Raises:
         UnsupportedModelError: the model's class is not supported.
-        PromptError: the processor has no chat template.
+        PromptError: the processor has no chat template, or is that of another model.
         ConfigError: a judge is given that the configuration would never ask.
 
     Source: SafeCoDe (arXiv 2509.19212).
@@ -59,6 +60,7 @@ class SafeCoDe:
         self.processor = processor
         self.config = config or SafeCoDeConfig()
         self.builder = PromptBuilder(processor)
+        check_processor(self.model, self.builder)
         self.judge = self._make_judge(judge)
         self._answerer = Answerer(self.model, self.builder, refusal)
         if judge not in (None, "self") and not self.config.uses_verdict:
@@ -103,7 +105,7 @@ class SafeCoDe:
     def chat(
         self,
         image: Any,
-        prompt: str,
+        prompt: Any,
         *,
         steering: Steering = "on",
         judge: str | Judge | None = None,
@@ -117,7 +119,8 @@ class SafeCoDe:
 
         Args:
             image: path, bytes, PIL image or array: PNG, JPEG, WEBP, GIF, BMP or TIFF, at most 50 megapixels and 64 MB.
-            prompt: the user's text.
+                A list for several, each noised; None for a request of text alone, where only the verdict steers.
+            prompt: the user's text; or a conversation, see ChatRequest.
             steering: "off" decodes as the plain model would.
             judge: a judge for this request instead of the object's.
             verdict: a verdict to use instead of asking a judge.
@@ -200,7 +203,7 @@ class SafeCoDe:
         results = watched(results, total, progress)
         return results if as_completed else in_order(results)
 
-    def stream(self, image: Any, prompt: str, **chat_kwargs: Any) -> ChatStream:
+    def stream(self, image: Any, prompt: Any, **chat_kwargs: Any) -> ChatStream:
         """Answer one request piece by piece: iterate over the text; the ChatResult is then in `.result`.
 
         Takes what `chat` takes. Image and prompt are checked here; errors of the model surface while iterating.
@@ -234,7 +237,7 @@ class SafeCoDe:
         verdicts: list[Verdict] = []
         for start in range(0, len(requests), batch_size):
             chunk = [ChatRequest.of(request) for request in requests[start : start + batch_size]]
-            verdicts += chosen.judge_many([JudgeRequest(load_image(r.image), r.prompt) for r in chunk])
+            verdicts += chosen.judge_many([judge_request(Dialogue.of(r.image, r.prompt)) for r in chunk])
         return verdicts
 
     def _prepare(self, request: ChatRequest, judge: str | Judge | None) -> PreparedRequest:

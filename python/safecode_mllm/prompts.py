@@ -11,8 +11,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from safecode_mllm.conversations import Dialogue, Message
 from safecode_mllm.errors import PromptError
 from safecode_mllm.prompt_text import check_prompt
+from safecode_mllm.splicing import blocks, runs_along_tokens, segments, splice
 
 # Stands for any user text: one plain letter, whose tokens no template can change.
 HARMLESS_TEXT = "x"
@@ -36,10 +38,10 @@ class JudgeSuffix:
 
 
 class PromptBuilder:
-    """Turns an image and a user's text into a processor's inputs, image first, for any chat processor.
+    """Turns pictures and texts into a processor's inputs, for any chat processor.
 
-    Special and added tokens that the user's text spells are encoded as ordinary text: it cannot close its turn, open
-    another, or claim an image.
+    Special and added tokens that a text spells are encoded as ordinary text: it cannot close its turn, open another, or
+    claim an image.
 
     Args:
         processor: a processor of transformers with a tokenizer and a chat template.
@@ -52,11 +54,14 @@ class PromptBuilder:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._template = _chat_template(processor, self.tokenizer)
-        self._placeholder = _placeholder_id(processor, self.tokenizer)
         self._control = ControlTokens(self.tokenizer)
-        self._harmless_ids = self._encode_whole(self._render(HARMLESS_TEXT))
-        if self._harmless_ids.count(self._placeholder) != 1:
+        self._harmless: dict[Any, list[int]] = {}
+        candidates = _placeholder_ids(processor, self.tokenizer)
+        ids = self._encode_whole(self._render(as_dialogue(HARMLESS_TEXT)))
+        found = [token for token in candidates if ids.count(token) == 1]
+        if not found:
             raise PromptError("processor: its chat template writes no image placeholder for an image in the user turn")
+        self._placeholder = found[0]
 
     @property
     def image_processor(self) -> Any:
@@ -71,37 +76,41 @@ class PromptBuilder:
                 return int(token_id)
         return 0
 
-    def build(self, image: Image, prompt: str) -> dict[str, Tensor]:
-        """Return the processor's output for one image and one user text.
+    def build(self, image: Image | Sequence[Image] | None, prompt: str | Dialogue) -> dict[str, Tensor]:
+        """Return the processor's output for one request.
 
         Args:
-            image: RGB, as `load_image` returns it.
-            prompt: the user's text, untrusted.
+            image: RGB, as `load_image` returns it, several in the order of their places, or None.
+            prompt: the user's text behind all pictures, or a dialogue with a place for each of them; untrusted.
 
         Returns:
             Every key of the processor with a batch of 1: input_ids and attention_mask int64 [1, T], pixel values and
             whatever else the model takes.
 
         Raises:
-            PromptError: the text is empty, no string, or cannot be encoded as text with this tokenizer.
+            PromptError: a text is empty, no string, or cannot be encoded as text with this tokenizer.
         """
-        ids = self.text_ids(prompt)
-        rendered = self._render(prompt)
+        images = [image] if isinstance(image, Image) else list(image or ())
+        dialogue = as_dialogue(prompt, len(images))
+        ids = self.text_ids(dialogue)
+        rendered = self._render(dialogue)
         if ids == self._encode_whole(rendered):
-            output = self._process(image, rendered)
+            output = self._process(images, rendered)
             # Some processors replace more strings than the tokenizer knows of; what they did to the text shows here.
-            if self._expands(ids, output["input_ids"][0].tolist()):
+            if blocks(segments(ids, self._placeholder), output["input_ids"][0].tolist()) is not None:
                 return output
-        return self._splice(self._process(image, self._render(HARMLESS_TEXT)), ids)
+        output = self._process(images, self._render(_harmless(dialogue)))
+        return splice(output, self._harmless_ids(dialogue), ids, self._placeholder)
 
-    def judge_suffix(self, prompt: str, question: str) -> JudgeSuffix:
+    def judge_suffix(self, prompt: str | Dialogue, question: str) -> JudgeSuffix:
         """Return what to append to the decode prompt of `prompt` to ask `question` about it.
 
-        The ids come from the conversation whose user text is prompt, blank line, question, with the image's
+        The ids come from the conversation whose last text is the user's, blank line, question, with the image's
         placeholder not expanded: no image is looked at.
         """
-        decode_ids = self.text_ids(prompt)
-        judge_ids = self.text_ids(f"{prompt}\n\n{question}")
+        dialogue = as_dialogue(prompt)
+        decode_ids = self.text_ids(dialogue)
+        judge_ids = self.text_ids(dialogue.with_question(question))
         shared = 0
         for mine, theirs in zip(decode_ids, judge_ids, strict=False):
             if mine != theirs:
@@ -110,28 +119,34 @@ class PromptBuilder:
         return JudgeSuffix(
             drop=len(decode_ids) - shared,
             ids=judge_ids[shared:],
-            shares_image=self._placeholder in decode_ids[:shared],
+            shares_image=decode_ids[:shared].count(self._placeholder) == decode_ids.count(self._placeholder),
         )
 
-    def text_ids(self, prompt: str) -> list[int]:
-        """Return the ids of the whole conversation with one unexpanded image placeholder; checks the prompt."""
-        check_prompt(prompt)
-        ids = self._encode_whole(self._render(prompt))
-        expected = self._control.sequence(self._harmless_ids)
+    def text_ids(self, prompt: str | Dialogue) -> list[int]:
+        """Return the ids of the whole conversation with image placeholders not expanded; checks the texts."""
+        dialogue = as_dialogue(prompt)
+        for text in dialogue.texts:
+            check_prompt(text)
+        ids = self._encode_whole(self._render(dialogue))
+        expected = self._control.sequence(self._harmless_ids(dialogue))
         if self._control.sequence(ids) == expected:
             return ids
-        ids = self._encode_in_pieces(prompt)
+        ids = self._encode_in_pieces(dialogue)
         if self._control.sequence(ids) != expected:
             raise PromptError(
                 "prompt: it spells a special token that this tokenizer cannot encode as text; remove the token"
             )
         return ids
 
-    def _render(self, prompt: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    def _harmless_ids(self, dialogue: Dialogue) -> list[int]:
+        if dialogue.layout not in self._harmless:
+            self._harmless[dialogue.layout] = self._encode_whole(self._render(_harmless(dialogue)))
+        return self._harmless[dialogue.layout]
+
+    def _render(self, dialogue: Dialogue) -> str:
         try:
             return self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], chat_template=self._template, add_generation_prompt=True
+                dialogue.for_template(), chat_template=self._template, add_generation_prompt=True
             )
         except Exception as error:
             raise PromptError(f"prompt: the model's chat template failed on it: {error}") from error
@@ -144,30 +159,55 @@ class PromptBuilder:
         bos = self.tokenizer.bos_token
         return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
-    def _process(self, image: Image, text: str) -> dict[str, Tensor]:
-        output = self.processor(images=[image], text=[text], return_tensors="pt", **self._text_options(text))
+    def _process(self, images: Sequence[Image], text: str) -> dict[str, Tensor]:
+        # Several belong to one text: some processors take a flat list for one picture of each of several texts.
+        pictures = {"images": list(images) if len(images) == 1 else [list(images)]} if images else {}
+        output = self.processor(text=[text], return_tensors="pt", **pictures, **self._text_options(text))
         return dict(output.items())
 
-    def _encode_in_pieces(self, prompt: str) -> list[int]:
-        """Encode the conversation cut inside every control token that the user's text spells."""
-        rendered = self._render(prompt)
-        before, after = self._around_user_text(rendered)
-        user = rendered[len(before) : len(rendered) - len(after)]
-        pieces = self._control.cut(user)
-        pieces[0] = before + pieces[0]
-        pieces[-1] += after
+    def _encode_in_pieces(self, dialogue: Dialogue) -> list[int]:
+        """Encode the conversation cut inside every control token that a text spells."""
+        fixed, texts = self._around_texts(dialogue)
+        pieces = [fixed[0]]
+        for text, behind in zip(texts, fixed[1:], strict=True):
+            first, *others = self._control.cut(text)
+            pieces[-1] += first
+            pieces += others
+            pieces[-1] += behind
         ids = self._encode_whole(pieces[0])
         for piece in pieces[1:]:
             ids += self._encode_behind(piece)
         return ids
 
-    def _around_user_text(self, rendered: str) -> tuple[str, str]:
-        marker = _unused_marker(rendered)
-        before, found, after = self._render(marker).partition(marker)
-        fits = len(before) + len(after) <= len(rendered) and rendered.startswith(before) and rendered.endswith(after)
-        if not found or marker in after or not fits:
-            raise PromptError("prompt: it spells a special token, and the chat template does not keep it in one piece")
-        return before, after
+    def _around_texts(self, dialogue: Dialogue) -> tuple[list[str], list[str]]:
+        """Return what the template writes around the texts, and the texts as it writes them."""
+        marker = _unused_marker(self._render(dialogue))
+        markers = [f"{marker}{place}END" for place in range(len(dialogue.texts))]
+        rest = self._render(dialogue.with_texts(markers))
+        fixed = []
+        for mark in markers:
+            before, _, rest = rest.partition(mark)
+            fixed.append(before)
+        fixed.append(rest)
+        texts = []
+        for place, text in enumerate(dialogue.texts):
+            # One text at a time: the others' ends are known, so no text can move the borders.
+            rendered = self._render(dialogue.with_texts([*markers[:place], text, *markers[place + 1 :]]))
+            before = (
+                "".join(part + mark for part, mark in zip(fixed[:place], markers[:place], strict=True)) + fixed[place]
+            )
+            after = fixed[place + 1] + "".join(
+                mark + part for mark, part in zip(markers[place + 1 :], fixed[place + 2 :], strict=True)
+            )
+            fits = (
+                len(before) + len(after) <= len(rendered) and rendered.startswith(before) and rendered.endswith(after)
+            )
+            if not fits or marker in rest or any(marker in part for part in fixed):
+                raise PromptError(
+                    "prompt: it spells a special token, and the chat template does not keep it in one piece"
+                )
+            texts.append(rendered[len(before) : len(rendered) - len(after)])
+        return fixed, texts
 
     def _encode_behind(self, piece: str) -> list[int]:
         """Encode text that other text precedes."""
@@ -180,34 +220,6 @@ class PromptBuilder:
             if before and whole[: len(before)] == before:
                 return whole[len(before) :]
         return encode(piece)
-
-    def _expands(self, ids: list[int], expanded: list[int]) -> bool:
-        """Whether `expanded` is `ids` with nothing changed but the placeholder."""
-        head = ids.index(self._placeholder)
-        tail = len(ids) - head - 1
-        same_ends = expanded[:head] == ids[:head] and expanded[len(expanded) - tail :] == ids[head + 1 :]
-        return same_ends and len(expanded) > head + tail
-
-    def _splice(self, harmless: dict[str, Tensor], ids: list[int]) -> dict[str, Tensor]:
-        """Put `ids` in place of the harmless conversation's around its expanded image."""
-        expanded = harmless["input_ids"][0]
-        if not self._expands(self._harmless_ids, expanded.tolist()):
-            raise PromptError("processor: it changes more of a conversation than the image's placeholder")
-        head = self._harmless_ids.index(self._placeholder)
-        tail = len(self._harmless_ids) - head - 1
-        block = slice(head, len(expanded) - tail)
-        place = ids.index(self._placeholder)
-        output = dict(harmless)
-        for key in sequence_keys([harmless]):
-            values = harmless[key][0]
-            # Any text column serves as the model of the others: the last one is never part of the image.
-            text = values[-1:] if tail else values[:1]
-            parts = [text.expand(place), values[block], text.expand(len(ids) - place - 1)]
-            output[key] = torch.cat(parts)[None]
-        new = output["input_ids"][0]
-        new[:place] = torch.tensor(ids[:place])
-        new[len(new) - (len(ids) - place - 1) :] = torch.tensor(ids[place + 1 :])
-        return output
 
 
 class ControlTokens:
@@ -238,13 +250,21 @@ class ControlTokens:
         return [*pieces, text[start:]]
 
 
+def as_dialogue(prompt: str | Dialogue, images: int = 1) -> Dialogue:
+    """Return the dialogue with places for `images` pictures before a text, or one as it is."""
+    if not isinstance(prompt, Dialogue):
+        check_prompt(prompt)
+        return Dialogue((), (Message("user", (*[None] * images, prompt)),))
+    return prompt
+
+
+def _harmless(dialogue: Dialogue) -> Dialogue:
+    return dialogue.with_texts([HARMLESS_TEXT] * len(dialogue.texts))
+
+
 def sequence_keys(rows: Sequence[Mapping[str, Tensor]]) -> list[str]:
     """Return the keys whose tensors run along the tokens: input_ids, attention_mask, token types."""
-    return [
-        key
-        for key, value in rows[0].items()
-        if not value.is_floating_point() and all(row[key].shape == row["input_ids"].shape for row in rows)
-    ]
+    return [key for key in rows[0] if all(runs_along_tokens(row[key], row["input_ids"][0]) for row in rows)]
 
 
 def collate(rows: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
@@ -255,8 +275,8 @@ def collate(rows: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str
         pad_token_id: fills input_ids; every other sequence is filled with 0.
 
     Returns:
-        Sequences left-padded to the longest, [B, T]; image tensors joined along dim 0 in row order, the second
-        dimension (LLaVA-NeXT's tiles) padded with zeros at the end where rows differ.
+        Sequences left-padded to the longest, [B, T]; image tensors joined along dim 0 in row order, padded with zeros
+        at the end where rows differ in number of tiles or size of pictures.
 
     Raises:
         PromptError: there are no rows, or they have different keys.
@@ -267,22 +287,27 @@ def collate(rows: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str
     if any(set(row) != set(keys) for row in rows):
         raise PromptError(f"rows have different keys: {[sorted(row) for row in rows]}; build them with one processor")
     along_tokens = set(sequence_keys(rows))
-    width = max(row["input_ids"].shape[1] for row in rows)
     batch = {}
     for key in keys:
-        values = [row[key] for row in rows]
-        if key in along_tokens:
-            fill = pad_token_id if key == "input_ids" else 0
-            values = [torch.nn.functional.pad(value, (width - value.shape[1], 0), value=fill) for value in values]
-        elif values[0].ndim >= 3:
-            values = _pad_second_dimension(values)
+        values = _padded([row[key] for row in rows], pad_token_id if key == "input_ids" else 0, key in along_tokens)
         batch[key] = torch.cat(values)
+    if "aspect_ratio_mask" in batch:
+        # As its processor does for pictures that a row lacks: attention over no tile at all has no result.
+        batch["aspect_ratio_mask"][..., 0] = 1
     return batch
 
 
-def _pad_second_dimension(values: list[Tensor]) -> list[Tensor]:
-    size = max(value.shape[1] for value in values)
-    return [torch.cat([v, v.new_zeros(v.shape[0], size - v.shape[1], *v.shape[2:])], 1) for v in values]
+def _padded(values: list[Tensor], fill: int, along_tokens: bool) -> list[Tensor]:
+    """Pad all dimensions but the first to the largest: at the end, and tokens on the left."""
+    sizes = [max(value.shape[dim] for value in values) for dim in range(1, values[0].ndim)]
+    padded = []
+    for value in values:
+        missing = [size - present for size, present in zip(sizes, value.shape[1:], strict=True)]
+        pad = [edge for dim in reversed(missing) for edge in (0, dim)]
+        if along_tokens:
+            pad[-2:] = [missing[0], 0]
+        padded.append(torch.nn.functional.pad(value, pad, value=fill) if any(missing) else value)
+    return padded
 
 
 def _chat_template(processor: Any, tokenizer: Any) -> str:
@@ -295,14 +320,15 @@ def _chat_template(processor: Any, tokenizer: Any) -> str:
     raise PromptError("processor has no chat template: set processor.chat_template, or use a checkpoint that has one")
 
 
-def _placeholder_id(processor: Any, tokenizer: Any) -> int:
-    token_id = getattr(processor, "image_token_id", None)
-    if token_id is None:
-        token = getattr(processor, "image_token", None) or getattr(tokenizer, "image_token", None)
-        token_id = tokenizer.convert_tokens_to_ids(str(token)) if token else None
-    if token_id is None:
+def _placeholder_ids(processor: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that a template may write for an image: the image token, or the one that opens an image."""
+    tokens = [getattr(owner, name, None) for name in ("image_token", "boi_token") for owner in (processor, tokenizer)]
+    ids = [getattr(processor, "image_token_id", None)]
+    ids += [tokenizer.convert_tokens_to_ids(str(token)) for token in tokens if token]
+    found = [int(token_id) for token_id in ids if token_id is not None]
+    if not found:
         raise PromptError("processor has no image_token: its model does not take an image as a placeholder in the text")
-    return int(token_id)
+    return found
 
 
 def _unused_marker(text: str) -> str:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from PIL.Image import Image
 from torch import Tensor
 
 from safecode_mllm.config import SafeCoDeConfig
-from safecode_mllm.errors import ConfigError, ImageError, JudgeError, PromptError
+from safecode_mllm.conversations import Dialogue
+from safecode_mllm.errors import ConfigError, ImageError, JudgeError
 from safecode_mllm.images import load_image
-from safecode_mllm.judges.protocol import JudgeRequest, Verdict
+from safecode_mllm.judges.protocol import JudgeRequest, Turn, Verdict
 from safecode_mllm.noise import noised_image, noised_pixels
 from safecode_mllm.prompts import PromptBuilder
 from safecode_mllm.results import Steering
@@ -27,18 +27,22 @@ class ChatRequest:
     """One request.
 
     Attributes:
-        image: path, bytes, PIL image or array.
-        prompt: the user's text; data, never instructions to this package.
+        image: path, bytes, PIL image or array; a list of them, each of which is noised; or None: then there is nothing
+            to contrast, and only the verdict steers.
+        prompt: the user's text, behind all pictures; or a conversation as transformers takes it, a list of mappings
+            with role and content and a part {"type": "image"} for each picture. Data, never instructions to this
+            package.
         steering: "on", or "off" for plain decoding.
         seed: integer in [0, 2^63) for noise and draws; None draws one.
         verdict: a verdict to use instead of asking a judge.
-        noised_image: a picture to use as the noised view, as large as `image`; None makes it from the configuration.
+        noised_image: a picture to use as the noised view, as large as `image` (a list for several); None makes it from
+            the configuration.
         config: a configuration for this request instead of the pipeline's.
         max_new_tokens: longest answer in tokens, at least 1; None leaves it to the arguments of the call.
     """
 
     image: Any
-    prompt: str
+    prompt: Any
     steering: Steering = "on"
     seed: int | None = None
     verdict: Verdict | None = None
@@ -91,7 +95,7 @@ class PreparedRequest:
 
     request: ChatRequest
     config: SafeCoDeConfig
-    image: Image
+    dialogue: Dialogue
     seed: int
     clean: dict[str, Tensor]
     noised: dict[str, Tensor] | None
@@ -109,7 +113,19 @@ class PreparedRequest:
 
     def for_judge(self) -> JudgeRequest:
         """What a judge is asked about it."""
-        return JudgeRequest(self.image, self.request.prompt)
+        return judge_request(self.dialogue)
+
+
+def judge_request(dialogue: Dialogue) -> JudgeRequest:
+    """Return what a judge is asked about a dialogue; one that reads one picture sees all of them side by side."""
+    said = [
+        Turn("user" if m.role == "user" else "assistant", "\n".join(filter(None, m.parts)))
+        for m in dialogue.messages[:-1]
+        if m.role != "system"
+    ]
+    rules = [text for m in dialogue.messages[:-1] if m.role == "system" for text in m.parts if text]
+    whole = None if dialogue.is_plain else dialogue
+    return JudgeRequest(dialogue.sheet(), "\n".join([*rules, dialogue.request]), tuple(said), dialogue=whole)
 
 
 def prepare_request(request: ChatRequest, builder: PromptBuilder, config: SafeCoDeConfig) -> PreparedRequest:
@@ -119,33 +135,44 @@ def prepare_request(request: ChatRequest, builder: PromptBuilder, config: SafeCo
         ImageError: the image cannot be used.
         PromptError: the prompt cannot be used.
     """
-    if not isinstance(request.prompt, str):
-        raise PromptError(f"prompt must be text, got {type(request.prompt).__name__}")
-    image = load_image(request.image)
-    clean = builder.build(image, request.prompt)
+    dialogue = Dialogue.of(request.image, request.prompt)
+    clean = builder.build(dialogue.images, dialogue)
     seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
+    if not dialogue.images and config.uses_contrast:
+        config = config.replace(contrast_weight=0.0)
     needs_noise = request.steering == "on" and config.uses_contrast
-    noised = _noised_view(request, image, clean, seed, builder, config) if needs_noise else None
-    return PreparedRequest(request, config, image, seed, clean, noised)
+    noised = _noised_view(request, dialogue, clean, seed, builder, config) if needs_noise else None
+    return PreparedRequest(request, config, dialogue, seed, clean, noised)
 
 
 def _noised_view(
     request: ChatRequest,
-    image: Image,
+    dialogue: Dialogue,
     clean: dict[str, Tensor],
     seed: int,
     builder: PromptBuilder,
     config: SafeCoDeConfig,
 ) -> dict[str, Tensor]:
     if request.noised_image is not None:
-        noised = builder.build(load_image(request.noised_image), request.prompt)
-        if noised["pixel_values"].shape != clean["pixel_values"].shape:
-            raise ImageError(f"noised_image must be as large as image ({image.size}): both must give the same patches")
-        return noised
+        return _given_view(request.noised_image, dialogue, clean, builder)
     if config.noise_space == "image":
-        return builder.build(noised_image(image, config, seed, index=0), request.prompt)
+        views = [noised_image(image, config, seed, index) for index, image in enumerate(dialogue.images)]
+        return builder.build(views, dialogue)
+    # One draw over the pixels of all pictures: each has noise of its own.
     pixels = noised_pixels(clean["pixel_values"], builder.image_processor, config, seed, index=0)
     return dict(clean, pixel_values=pixels)
+
+
+def _given_view(given: Any, dialogue: Dialogue, clean: dict[str, Tensor], builder: PromptBuilder) -> dict[str, Tensor]:
+    views = [load_image(view) for view in (given if isinstance(given, list | tuple) else [given])]
+    sizes = [image.size for image in dialogue.images]
+    if len(views) != len(sizes):
+        raise ImageError(f"noised_image: {len(views)} pictures for {len(sizes)} of image; pass one for each")
+    noised = builder.build(views, dialogue)
+    if noised["pixel_values"].shape != clean["pixel_values"].shape:
+        size = sizes[0] if len(sizes) == 1 else sizes
+        raise ImageError(f"noised_image must be as large as image ({size}): both must give the same patches")
+    return noised
 
 
 def stack_noised(rows: Sequence[PreparedRequest]) -> list[dict[str, Tensor]] | None:

@@ -16,7 +16,8 @@ from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.picker import Draws
 from safecode_mllm.decoding.static import StaticBranches
 from safecode_mllm.judges.protocol import Verdict
-from tiny_models import EOS, FAMILY_NAMES, IMAGE, noised_copy, tiny_model
+from tiny_models import FAMILY_NAMES, noised_copy, tiny_model
+from tiny_parts import EOS, IMAGE
 from tiny_refusal import TinyTrie
 
 CONFIG = SafeCoDeConfig(contrast_weight=0.8, lambda_boost=2.0, steps=3)

@@ -19,7 +19,8 @@ from safecode_mllm.decoding.loop import SteeredGeneration
 from safecode_mllm.decoding.processors import split_processors
 from safecode_mllm.errors import DecodeError, UnsupportedModelError
 from safecode_mllm.judges.protocol import Verdict
-from tiny_models import EOS, PAD, TinyModel, noised_copy, tiny_model
+from tiny_models import TinyModel, noised_copy, tiny_model
+from tiny_parts import EOS, PAD
 from tiny_refusal import TinyTrie
 
 SCORE_TOLERANCE = 5e-4  # logits of the peaked model are some 30 times larger than usual

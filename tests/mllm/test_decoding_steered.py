@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +12,12 @@ from transformers import DynamicCache
 from naive import NaiveSteering, last_logits, naive_generate
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.decoding.branches import Branches
-from safecode_mllm.decoding.families import decoder_of, placeholder_ids
+from safecode_mllm.decoding.families import placeholder_ids
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.loop import SteeredGeneration
-from safecode_mllm.errors import UnsupportedModelError
 from safecode_mllm.judges.protocol import Verdict
-from tiny_models import EOS, FAMILY_NAMES, IMAGE, TinyModel, noised_copy, tiny_model
+from tiny_models import FAMILY_NAMES, TinyModel, noised_copy, tiny_model
+from tiny_parts import EOS, IMAGE
 from tiny_refusal import TinyTrie
 
 NEW_TOKENS = 9
@@ -162,13 +161,6 @@ def test_steered_rows_never_write_an_image_token(rng: Any) -> None:
             out = loop.generate(tiny.model, max_new_tokens=1)
             assert (out[0, -1].item() == IMAGE) is not banned
         head[IMAGE] = 0.0
-
-
-def test_a_language_model_with_an_encoder_is_refused() -> None:
-    language_model = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True))
-    model = SimpleNamespace(config=SimpleNamespace(model_type="instructblip"), language_model=language_model)
-    with pytest.raises(UnsupportedModelError, match="has an encoder"):
-        decoder_of(model)
 
 
 def test_paper_scale_is_the_papers_formula() -> None:

@@ -16,7 +16,8 @@ from safecode_mllm.decoding.lingering import SMALLEST_BIAS, LingeringBias
 from safecode_mllm.decoding.loop import SteeredGeneration
 from safecode_mllm.decoding.window import ADAPTIVE_ANSWER_STEPS, ADAPTIVE_MAX_STEPS, Window
 from safecode_mllm.judges.protocol import Verdict
-from tiny_models import VOCAB, noised_copy, tiny_model
+from tiny_models import noised_copy, tiny_model
+from tiny_parts import VOCAB
 from tiny_refusal import TinyTrie
 
 UNSAFE, SAFE = Verdict("unsafe", 0.9), Verdict("safe", 0.2)

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from safecode_mllm.decoding import kv
-from safecode_mllm.decoding.families import ImageStates, decoder_of, forward, prefill, prompt_positions
+from safecode_mllm.decoding.families import (
+    ImageStates,
+    decoder_of,
+    family_of,
+    forward,
+    has_encoder,
+    image_layers,
+    prefill,
+    prompt_positions,
+)
+from safecode_mllm.errors import UnsupportedModelError
 
 
 class Branches:
@@ -37,11 +47,18 @@ class Branches:
         kv.check_cache(cache)
         self.model = model
         self.decoder = decoder_of(model)
+        if has_encoder(self.decoder):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} on {type(self.decoder).__name__} is not supported here, since its language "
+                "model has an encoder; SteeredGeneration takes it"
+            )
         self.cache = cache
+        self._image_layers = image_layers(self.decoder)
         self.rows = clean["input_ids"].shape[0]
         self.copies = 1 if noised is None else 2
-        self._inputs = dict(clean) if noised is None else _stack(clean, noised)
+        self._inputs = dict(clean) if noised is None else stack(clean, noised)
         self.images: ImageStates | None = None
+        self._clean = dict(clean) if family_of(model).reads_ahead else {}
         positions = prompt_positions(model, clean)
         self._prompt_mask = clean["attention_mask"]
         self.mask = torch.cat([self._prompt_mask] * self.copies)
@@ -90,7 +107,7 @@ class Branches:
     def rewind(self, columns: int) -> None:
         """Forget the last `columns` columns of every branch, int >= 0; they must be text without padding."""
         kept = kv.cached_length(self.cache) - columns
-        kv.keep_first_columns(self.cache, kept)
+        kv.keep_first_columns(self.cache, kept, self._image_layers)
         self.mask = self.mask[:, :kept]
         self.next_positions = self.next_positions - columns
 
@@ -126,13 +143,36 @@ class Branches:
         Returns:
             logits [Q, V] after the last token of each suffix.
         """
+        if self._clean:
+            return self._ask_anew(suffixes, hidden, rows)
+        # A sliding window counts hidden columns and padding too: where there is one, only questions that need neither
+        # may run together.
+        sliding = kv.has_sliding_window(self.decoder)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for place, (suffix, drop) in enumerate(zip(suffixes, hidden, strict=True)):
+            groups.setdefault((drop, len(suffix)) if sliding else (0, 0), []).append(place)
+        logits: list[Any] = [None] * len(suffixes)
+        for places in groups.values():
+            asked = self._ask_together(
+                [suffixes[place] for place in places],
+                [hidden[place] for place in places],
+                [rows[place] for place in places],
+            )
+            for place, answer in zip(places, asked, strict=True):
+                logits[place] = answer
+        return torch.stack(logits)
+
+    def _ask_together(self, suffixes: list[Sequence[int]], hidden: list[int], rows: list[int]) -> Tensor:
         device = self.mask.device
-        index = torch.tensor(list(rows), device=device)
-        length = self._prompt_mask.shape[1]
+        index = torch.tensor(rows, device=device)
+        length = self._prompt_mask.shape[1] - min(hidden)
+        cache = kv.fork(self.cache, rows)
+        kv.keep_first_columns(cache, length, self._image_layers)
         columns = torch.arange(length, device=device)
-        hidden_columns = torch.tensor(list(hidden), device=device)
-        visible = self._prompt_mask[index] * (columns < (length - hidden_columns)[:, None])
-        ids, ids_mask = _left_pad(suffixes, device)
+        hidden_columns = torch.tensor(hidden, device=device)
+        end = self._prompt_mask.shape[1] - hidden_columns
+        visible = self._prompt_mask[index, :length] * (columns < end[:, None])
+        ids, ids_mask = left_pad(suffixes, device)
         # Suffixes are all text: positions go on from the last visible column, the same on every axis.
         start = (self.next_positions[..., 0].index_select(-1, index) - hidden_columns)[..., None]
         positions = start + (ids_mask.cumsum(-1) - 1).clamp_min(0)
@@ -143,30 +183,56 @@ class Branches:
             input_ids=ids,
             attention_mask=torch.cat([visible, ids_mask], 1),
             position_ids=positions,
-            past_key_values=kv.fork(self.cache, list(rows)),
+            past_key_values=cache,
             **images,
         )
+
+    def _ask_anew(self, suffixes: Sequence[Sequence[int]], hidden: Sequence[int], rows: Sequence[int]) -> Tensor:
+        """Ask with a pass of its own, where what lies in the cache has seen what it must not see."""
+        inputs = with_suffixes(self._clean, suffixes, hidden, rows)
+        return prefill(self.model, position_ids=prompt_positions(self.model, inputs), **inputs)[0]
 
     def _image_arguments(self, columns: int, visible: Tensor | None) -> dict[str, Tensor]:
         if self.images is None:
             return {}
         if visible is None:
             return self.images.arguments(columns)
-        visible = visible.repeat(self.copies, 1, 1)
+        visible = visible.repeat(self.copies, *[1] * (visible.ndim - 1))
         self.images = self.images.seeing(visible[:, -1:])
-        return {**self.images.arguments(columns), "image_attention_mask": visible}
+        return {**self.images.arguments(columns), self.images.mask: visible}
 
     def _split(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         return logits[: self.rows], logits[self.rows :] if self.has_noised else None
 
 
-def _stack(clean: Mapping[str, Tensor], noised: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def stack(clean: Mapping[str, Tensor], noised: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return clean and noised inputs as one batch: every key, clean rows first."""
     if clean.keys() != noised.keys():
         raise ValueError(f"clean and noised inputs must have the same keys, got {sorted(clean)} and {sorted(noised)}")
     return {key: torch.cat([clean[key], noised[key]]) for key in clean}
 
 
-def _left_pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def with_suffixes(
+    clean: Mapping[str, Tensor], suffixes: Sequence[Sequence[int]], hidden: Sequence[int], rows: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return the clean prompts of `rows` without their last `hidden` columns and with suffixes, images included.
+
+    Everything that a processor says about each token is for a suffix what it is for the prompt's last token.
+    """
+    ids, mask = clean["input_ids"], clean["attention_mask"]
+    along_tokens = [key for key, value in clean.items() if value.shape == ids.shape]
+    asked: dict[str, list[list[int]]] = {key: [] for key in along_tokens}
+    for row, suffix, drop in zip(rows, suffixes, hidden, strict=True):
+        kept = mask[row, : ids.shape[1] - drop] == 1
+        for key in along_tokens:
+            added = suffix if key == "input_ids" else [int(clean[key][row, -1])] * len(suffix)
+            asked[key].append([*clean[key][row, : ids.shape[1] - drop][kept].tolist(), *added])
+    index = torch.tensor(list(rows), device=ids.device)
+    return {key: left_pad(asked[key], ids.device)[0] if key in asked else value[index] for key, value in clean.items()}
+
+
+def left_pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return token ids [Q, N], zeros on the left of shorter ones, and their mask."""
     width = max(len(sequence) for sequence in sequences)
     ids = torch.zeros(len(sequences), width, dtype=torch.long, device=device)
     mask = torch.zeros_like(ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,25 +23,45 @@ class Family:
         multimodal_rope: positions have three axes (time, height, width), from the model's own `get_rope_index`.
         decoder: attribute of the language model that does all but the prompt's pass and owns `generate`; "" for a model
             that does so itself.
-        attends_to_images: the text attends to image states in every pass; they travel beside the KV cache.
+        image_mask: key of the processor's output that says which images each token sees, where `forward` wants it in
+            every pass.
+        image_states: the text attends to image states that travel beside the KV cache.
+        reads_ahead: tokens of the prompt see those behind them, so that a prompt cannot be continued as a prompt.
+        verified: whether tests of this package compare it with plain decoding; if not, `probe` does so at first use.
     """
 
     title: str
     multimodal_rope: bool = False
     decoder: str = ""
-    attends_to_images: bool = False
+    image_mask: str = ""
+    image_states: bool = False
+    reads_ahead: bool = False
+    verified: bool = True
 
 
 FAMILIES: dict[str, Family] = {
-    "llava": Family("LLaVA 1.5"),
+    "llava": Family("LLaVA 1.5, Pixtral"),
     "llava_next": Family("LLaVA-NeXT"),
     "qwen2_vl": Family("Qwen2-VL", multimodal_rope=True),
     "qwen2_5_vl": Family("Qwen2.5-VL", multimodal_rope=True),
     "qwen3_vl": Family("Qwen3-VL", multimodal_rope=True),
     "instructblip": Family("InstructBLIP", decoder="language_model"),
-    "idefics": Family("IDEFICS", attends_to_images=True),
+    "idefics": Family("IDEFICS", image_mask="image_attention_mask", image_states=True),
+    "idefics3": Family("Idefics3"),
+    "llava_onevision": Family("LLaVA-OneVision"),
+    "qwen3_vl_moe": Family("Qwen3-VL MoE", multimodal_rope=True),
+    "blip-2": Family("BLIP-2", decoder="language_model"),
+    "idefics2": Family("Idefics2"),
+    "smolvlm": Family("SmolVLM"),
+    "internvl": Family("InternVL"),
+    "gemma3": Family("Gemma 3"),
+    "paligemma": Family("PaliGemma", reads_ahead=True),
+    "mllama": Family("Mllama (Llama 3.2 Vision)", image_mask="cross_attention_mask"),
+    "mistral3": Family("Mistral 3"),
 }
 
+# Arguments of a `forward` that takes images.
+_IMAGE_ARGUMENTS = frozenset({"pixel_values", "image_embeds", "image_patches", "flattened_patches"})
 # Configuration fields that hold tokens standing for images or video: never text, so never to be generated.
 _IMAGE_FIELDS = ("image_token_id", "image_token_index")
 _PLACEHOLDER_FIELDS = (
@@ -54,34 +74,68 @@ _PLACEHOLDER_FIELDS = (
 
 
 def family_of(model: Any) -> Family:
-    """Return the family of a Hugging Face model; raises UnsupportedModelError for a class that is not known."""
-    return family_of_config(model.config)
+    """Return the family of a Hugging Face model, a generic one for a class that is not listed.
+
+    Raises:
+        UnsupportedModelError: the model takes no images.
+    """
+    known = FAMILIES.get(_model_type(model.config))
+    if known is not None:
+        return known
+    model_class: Any = type(model)
+    accepted = forward_parameters(model_class)
+    if not accepted & _IMAGE_ARGUMENTS:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model type {_model_type(model.config)!r}) takes no images; use a vision-language "
+            f"model, for instance of the types {', '.join(sorted(FAMILIES))}"
+        )
+    return Family(
+        type(model).__name__,
+        multimodal_rope=hasattr(getattr(model, "model", None), "get_rope_index"),
+        # A wrapper without a cache of its own hands everything to the language model inside.
+        decoder="" if "past_key_values" in accepted or not hasattr(model, "language_model") else "language_model",
+        image_mask=next((name for name in ("cross_attention_mask", "image_attention_mask") if name in accepted), ""),
+        verified=False,
+    )
 
 
 def family_of_config(config: Any) -> Family:
-    """Return the family that a configuration names, before any weight is loaded; raises as `family_of` does."""
-    model_type = str(getattr(config, "model_type", None))
-    if model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"model type {model_type!r} is not supported yet; supported types: {', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[model_type]
+    """Return the family that a configuration names, before any weight is loaded.
+
+    Raises:
+        UnsupportedModelError: transformers knows no image-text-to-text model of this type.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as LOADABLE
+
+    model_type = _model_type(config)
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type in LOADABLE:
+        return Family(model_type, verified=False)
+    raise UnsupportedModelError(
+        f"model type {model_type!r} is not supported: this version of transformers has no model of it that takes images"
+        f" and text; types that are tested: {', '.join(sorted(FAMILIES))}"
+    )
+
+
+def _model_type(config: Any) -> str:
+    return str(getattr(config, "model_type", None))
 
 
 def decoder_of(model: Any) -> Any:
-    """Return the module that does every pass behind the prompt's and owns `generate`: the model or a part of it.
-
-    Raises:
-        UnsupportedModelError: that part is an encoder and a decoder.
-    """
+    """Return the module that does every pass behind the prompt's and owns `generate`: the model or a part of it."""
     name = family_of(model).decoder
-    decoder = getattr(model, name) if name else model
-    if getattr(decoder.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} on {type(decoder).__name__} is not supported yet: its language model has an "
-            "encoder; use a checkpoint with a decoder-only one"
-        )
-    return decoder
+    return getattr(model, name) if name else model
+
+
+def has_encoder(decoder: Any) -> bool:
+    """Whether the language model reads the prompt with an encoder and writes with a decoder, like T5."""
+    return bool(getattr(decoder.config, "is_encoder_decoder", False))
+
+
+def image_layers(decoder: Any) -> frozenset[int]:
+    """Return the layers whose cache holds images instead of columns of text."""
+    return frozenset(getattr(decoder.config.get_text_config(decoder=True), "cross_attention_layers", None) or ())
 
 
 def placeholder_ids(model: Any) -> list[int]:
@@ -127,39 +181,50 @@ def prompt_positions(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 @lru_cache(maxsize=64)
 def forward_parameters(model_class: Any) -> frozenset[str]:
     """Return the parameter names of a model class's `forward`; transformers versions differ in them."""
-    return frozenset(inspect.signature(model_class.forward).parameters)
+    forward = getattr(model_class, "forward", None)
+    return frozenset() if forward is None else frozenset(inspect.signature(forward).parameters)
 
 
 @dataclass(frozen=True)
 class ImageStates:
-    """What the text attends to in every pass beside the KV cache.
+    """What the text attends to in every pass beside the KV cache, or which part of the cache's images it sees.
 
     Attributes:
-        argument: name under which `forward` takes the states.
-        states: floating [R, I, S, H], for I images of S states.
-        visible: int64 [R, 1, I], which images the newest column sees.
+        mask: name under which `forward` takes what each column sees.
+        visible: int64 [R, 1, I, ..], which of the row's I images (and their tiles) the newest column sees.
+        argument: name under which `forward` takes the states; "" where they lie in the cache.
+        states: floating [R, I, S, H], for I images of S states, or None.
     """
 
-    argument: str
-    states: Tensor
+    mask: str
     visible: Tensor
+    argument: str = ""
+    states: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[torch.Size, ...]:
+        """Of what there is: of what the columns see, and of the states."""
+        return tuple(tensor.shape for tensor in (self.visible, self.states) if tensor is not None)
 
     def rows(self, index: Tensor | slice) -> ImageStates:
         """Return the states of the rows of `index`, int64 [N] or a slice."""
-        return ImageStates(self.argument, self.states[index], self.visible[index])
+        states = None if self.states is None else self.states[index]
+        return replace(self, visible=self.visible[index], states=states)
 
     def load(self, other: ImageStates) -> None:
         """Take over the values of others of the same shape."""
-        self.states.copy_(other.states)
+        if self.states is not None and other.states is not None:
+            self.states.copy_(other.states)
         self.visible.copy_(other.visible)
 
     def seeing(self, visible: Tensor) -> ImageStates:
-        """Return the same states for a newest column that sees the images of `visible`, int64 [R, 1, I]."""
-        return ImageStates(self.argument, self.states, visible)
+        """Return the same states for a newest column that sees the images of `visible`, int64 [R, 1, I, ..]."""
+        return replace(self, visible=visible)
 
     def arguments(self, columns: int) -> dict[str, Tensor]:
         """Return the arguments of a forward pass over `columns` new columns that see what the newest one sees."""
-        return {self.argument: self.states, "image_attention_mask": self.visible.expand(-1, columns, -1)}
+        found = {self.mask: self.visible.expand(-1, columns, *self.visible.shape[2:])}
+        return found if self.states is None else found | {self.argument: self.states}
 
 
 def prefill(model: Any, **inputs: Any) -> tuple[Tensor, ImageStates | None]:
@@ -174,11 +239,14 @@ def prefill(model: Any, **inputs: Any) -> tuple[Tensor, ImageStates | None]:
     """
     # A wrapper hands on to its decoder the arguments that it does not name itself.
     output = _run(model, decoder_of(model), 0, inputs)
-    if not family_of(model).attends_to_images:
+    family = family_of(model)
+    if family.image_mask not in inputs:
         return output.logits[:, -1], None
-    argument = "perceiver_embeddings" if model.config.use_resampler else "image_encoder_embeddings"
-    visible = inputs["image_attention_mask"][:, -1:]
-    return output.logits[:, -1], ImageStates(argument, output.image_hidden_states, visible)
+    seen = ImageStates(family.image_mask, inputs[family.image_mask][:, -1:])
+    if family.image_states:
+        argument = "perceiver_embeddings" if model.config.use_resampler else "image_encoder_embeddings"
+        seen = replace(seen, argument=argument, states=output.image_hidden_states)
+    return output.logits[:, -1], seen
 
 
 def forward(decoder: Any, *, cached: int | Tensor, **inputs: Any) -> Tensor:
@@ -201,7 +269,7 @@ def _run(module: Any, taker: Any, cached: int | Tensor, inputs: dict[str, Any]) 
     accepted = forward_parameters(taker_class)
     # transformers 4 lists cache_position in every multimodal forward; version 5 removed it.
     if "cache_position" in accepted:
-        ids = inputs["input_ids"]
+        ids = inputs["input_ids"] if "input_ids" in inputs else inputs["decoder_input_ids"]
         if not isinstance(cached, Tensor):
             cached = torch.arange(cached, cached + ids.shape[1], device=ids.device)
         inputs["cache_position"] = cached

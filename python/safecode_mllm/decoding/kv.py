@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from safecode_mllm.decoding.families import decoder_of, has_encoder, image_layers
 from safecode_mllm.errors import UnsupportedModelError
+
+# Cache layers that keep keys and values of each column.
+_LAYERS_WITH_COLUMNS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 
 
 def check_cache(cache: Any) -> None:
     """Raise UnsupportedModelError unless the cache is one whose rows can be dropped, copied and forked."""
-    offloaded = getattr(cache, "offloading", False)
-    name = "offloaded " * offloaded + type(cache).__name__
-    if name != "DynamicCache":
-        raise UnsupportedModelError(
-            f"cache class {name} is not supported by steered decoding; leave past_key_values unset, and "
-            "cache_implementation unset or 'static'"
-        )
+    parts = encoder_decoder_parts(cache) or (cache,)
+    for part in parts:
+        name = "offloaded " * getattr(part, "offloading", False) + type(part).__name__
+        if name != "DynamicCache":
+            raise UnsupportedModelError(
+                f"cache class {name} is not supported by steered decoding; leave past_key_values unset, and "
+                "cache_implementation unset or 'static'"
+            )
+        others = {type(layer).__name__ for layer in part.layers} - _LAYERS_WITH_COLUMNS
+        if others:
+            raise UnsupportedModelError(
+                f"the model has layers whose memory is no row of columns ({', '.join(sorted(others))}), so that no "
+                "branch can be dropped or forked; use a model whose layers all attend"
+            )
+
+
+def encoder_decoder_parts(cache: Any) -> tuple[Any, Any] | None:
+    """Return the caches of what the decoder wrote and of what it reads, or None for a model without an encoder."""
+    if type(cache).__name__ != "EncoderDecoderCache":
+        return None
+    return cache.self_attention_cache, cache.cross_attention_cache
 
 
 def empty_cache(given: Any) -> tuple[Any, bool]:
@@ -31,21 +49,39 @@ def empty_cache(given: Any) -> tuple[Any, bool]:
         given: what `generate()` prepared. A StaticCache says what was asked for and is not used itself: transformers 4
             keeps it for the model's next call.
     """
-    from transformers import DynamicCache
+    from transformers import DynamicCache, EncoderDecoderCache
 
     if type(given).__name__ == "StaticCache":
         return DynamicCache(), True
+    if encoder_decoder_parts(given) is not None:
+        return EncoderDecoderCache(DynamicCache(), DynamicCache()), False
     check_cache(given)
-    return given, False
+    # Columns that have left a sliding window may be needed again, by a fork that starts before them: a cache that was
+    # made without the configuration keeps them all, and the mask hides them.
+    return (DynamicCache() if any(getattr(layer, "is_sliding", False) for layer in given.layers) else given), False
+
+
+def new_cache(model: Any) -> Any:
+    """Return an empty cache for branches that no `generate()` prepares one for."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    return EncoderDecoderCache(DynamicCache(), DynamicCache()) if has_encoder(decoder_of(model)) else DynamicCache()
+
+
+def has_sliding_window(decoder: Any) -> bool:
+    """Whether some layers see the last few columns only, padding and hidden ones counted."""
+    from transformers import StaticCache
+
+    layers = StaticCache(config=decoder.config.get_text_config(decoder=True), max_cache_len=1).layers
+    return any(getattr(layer, "is_sliding", False) for layer in layers)
 
 
 def static_obstacle(decoder: Any) -> str | None:
     """Return why a model's cache cannot be of fixed size, in a sentence; None if it can."""
-    from transformers import StaticCache
-
-    layers = StaticCache(config=decoder.config.get_text_config(decoder=True), max_cache_len=1).layers
-    if any(getattr(layer, "is_sliding", False) for layer in layers):
+    if has_sliding_window(decoder):
         return "it has layers with a sliding window, whose fixed cache moves its contents at every step"
+    if image_layers(decoder):
+        return "it has layers that hold images, which are as long as there are images"
     return None
 
 
@@ -102,9 +138,11 @@ def keep_first_rows(cache: Any, rows: int) -> None:
         layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
 
 
-def keep_first_columns(cache: Any, columns: int) -> None:
-    """Forget all positions behind the first `columns`, as views: nothing is copied."""
-    for layer in _filled_layers(cache):
+def keep_first_columns(cache: Any, columns: int, image_layers: Collection[int] = ()) -> None:
+    """Forget all positions behind the first `columns`, as views, of every layer but `image_layers`."""
+    for index, layer in enumerate(cache.layers):
+        if index in image_layers or not _is_filled(layer):
+            continue
         layer.keys, layer.values = layer.keys[:, :, :columns], layer.values[:, :, :columns]
 
 
@@ -136,4 +174,9 @@ def fork(cache: Any, rows: Sequence[int]) -> Any:
 
 
 def _filled_layers(cache: Any) -> list[Any]:
-    return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None and layer.keys.numel()]
+    layers = [layer for part in encoder_decoder_parts(cache) or (cache,) for layer in part.layers]
+    return [layer for layer in layers if _is_filled(layer)]
+
+
+def _is_filled(layer: Any) -> bool:
+    return getattr(layer, "keys", None) is not None and bool(layer.keys.numel())

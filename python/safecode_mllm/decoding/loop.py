@@ -19,6 +19,7 @@ from torch import Tensor
 from safecode_mllm.decoding import device_loop, kv
 from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.device_loop import DeviceLoop
+from safecode_mllm.decoding.encoder_branches import generate_arguments, make_branches
 from safecode_mllm.decoding.families import decoder_of
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.host_loop import HostLoop
@@ -88,12 +89,8 @@ class SteeredGeneration:
         if stop_strings is not None:
             generate_kwargs["stopping_criteria"] = self._with_stop_strings(stop_strings, generate_kwargs)
         self._whole_model = model  # a decoder that is a part of it does not know it
-        return decoder.generate(
-            input_ids=self.clean["input_ids"],
-            attention_mask=self.clean["attention_mask"],
-            custom_generate=self,
-            **generate_kwargs,
-        )
+        prompts = generate_arguments(model, self.clean)
+        return decoder.generate(**prompts, custom_generate=self, **generate_kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -110,7 +107,7 @@ class SteeredGeneration:
         model = model if self._whole_model is None else self._whole_model
         started = time.perf_counter()
         cache, fixed = kv.empty_cache(model_kwargs["past_key_values"])
-        branches = Branches(model, self.clean, self._noised_if_needed(), cache)
+        branches = make_branches(model, self.clean, self._noised_if_needed(), cache)
         clean, noised = branches.prefill()
         started = self.report.timed("prefill", started)
         times = input_ids.shape[0] // branches.rows

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safecode_mllm.decoding.branches import Branches
-from safecode_mllm.decoding.families import placeholder_ids
+from safecode_mllm.decoding.families import has_encoder, placeholder_ids
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.picker import Draws, TokenPicker
 from safecode_mllm.decoding.processors import ProcessorSplit
@@ -97,11 +97,13 @@ class Run:
         """Return what `generate()` returns for these ids [R, L + N]."""
         if not self.generation_config.return_dict_in_generate:
             return ids
-        from transformers.generation.utils import GenerateDecoderOnlyOutput
+        from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
         output: dict[str, Any] = {"sequences": ids, "past_key_values": self.branches.cache}
         for name, kept in (("scores", scores), ("logits", logits)):
             output[name] = None if kept is None else tuple(kept)
+        if has_encoder(self.branches.decoder):
+            return GenerateEncoderDecoderOutput(**output)
         return GenerateDecoderOnlyOutput(**output)
 
 

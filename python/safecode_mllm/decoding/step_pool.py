@@ -137,5 +137,5 @@ def _module_key(module: Any) -> Hashable:
 
 
 def _shape_key(branches: Branches, columns: int) -> tuple[Hashable, ...]:
-    images = None if branches.images is None else tuple(branches.images.states.shape)
+    images = None if branches.images is None else branches.images.shape
     return (branches.rows, branches.copies, branches.next_positions.shape, static_length(columns), images)

@@ -112,6 +112,8 @@ class CachedJudge:
         texts = [self.name, self.version, settings, request.policy_text or "", str(request.policy_text is None)]
         texts += [part for turn in request.conversation for part in (turn.role, turn.text)]
         texts += [request.prompt, f"{image.mode} {image.width} {image.height}"]
+        if request.dialogue is not None:
+            texts += [repr(request.dialogue.layout), *request.dialogue.texts]
         digest = hashlib.sha256()
         for part in (_FORMAT, *(text.encode("utf-8", "surrogatepass") for text in texts), image.tobytes()):
             digest.update(len(part).to_bytes(8, "big"))

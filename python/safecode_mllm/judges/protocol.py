@@ -11,6 +11,8 @@ from safecode_mllm.errors import UnknownVerdictError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from safecode_mllm.conversations import Dialogue
+
 Label = Literal["safe", "unsafe", "unknown"]
 Policy = Literal["raise", "treat_as_unsafe", "no_bias"]
 Role = Literal["user", "assistant"]
@@ -36,12 +38,16 @@ class JudgeRequest:
         prompt: the user's request.
         conversation: the turns before it, oldest first.
         policy_text: the operator's own rules, which the judge is told to apply besides its question.
+        dialogue: all of it as the model that answers reads it, with its pictures in their places, for a judge that
+            reads that way; None where `image` and `prompt` say it all. Where there are several pictures `image` shows
+            them side by side, and where there is none it is grey.
     """
 
     image: Image
     prompt: str
     conversation: tuple[Turn, ...] = ()
     policy_text: str | None = None
+    dialogue: Dialogue | None = None
 
 
 @dataclass(frozen=True)

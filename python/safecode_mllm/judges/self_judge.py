@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from safecode_mllm.conversations import Dialogue, Message
+from safecode_mllm.decoding import kv
 from safecode_mllm.decoding.branches import Branches
+from safecode_mllm.decoding.encoder_branches import make_branches
 from safecode_mllm.errors import SafeCoDeError
 from safecode_mllm.judges.calibration import (
     DEFAULT_THRESHOLD,
@@ -42,7 +46,8 @@ class SelfJudge:
         threshold: label is "unsafe" when the averaged probability is at least this, in (0, 1).
         captioned: let the model describe the image first, and ask with its description at hand: slower, since it
             writes; for models that see more when they have said what they see.
-        contextual: subtract the log-odds that the same question has on a blank image: what the wording alone says.
+        contextual: subtract the log-odds that the same question has on a blank image: what the wording alone says; not
+            for a request without an image.
         calibration: what `judge calibrate` fitted to this judge; brings its own threshold.
 
     Source: SafeCoDe (arXiv 2509.19212) section 3.2 for the scene-level verdict; the read-out is ours.
@@ -103,19 +108,26 @@ class SelfJudge:
     def judge_many(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
         """Judge requests on their own, with a prefill of the clean images.
 
-        A request with earlier turns fails: this judge reads one.
+        A request with earlier turns but without its dialogue fails: the places of its pictures are not known.
 
         Raises:
             SafeCoDeError: the judge is not bound to a model yet.
         """
-        single = [request for request in requests if not request.conversation]
+        readable = [request.dialogue is not None or not request.conversation for request in requests]
+        single = [request for request, reads in zip(requests, readable, strict=True) if reads]
         verdicts = iter(self._judge(single) if single else [])
         unread = failed(self.name, "it reads one turn: choose a judge that reads several", version=self.version)
-        return [unread if request.conversation else next(verdicts) for request in requests]
+        return [next(verdicts) if reads else unread for reads in readable]
 
     @torch.no_grad()
     def _judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
-        return self.read(self._prefilled(requests), range(len(requests)), requests)
+        verdicts: dict[int, Verdict] = {}
+        for with_pictures in (True, False):  # they cannot share a batch
+            places = [n for n, asked in enumerate(requests) if bool(_dialogue(asked).images) is with_pictures]
+            chosen = [requests[place] for place in places]
+            if chosen:
+                verdicts |= zip(places, self.read(self._prefilled(chosen), range(len(chosen)), chosen), strict=True)
+        return [verdicts[place] for place in range(len(requests))]
 
     @torch.no_grad()
     def read(self, branches: Branches, rows: Sequence[int], requests: Sequence[JudgeRequest]) -> list[Verdict]:
@@ -127,7 +139,7 @@ class SelfJudge:
             captions = [*describe(self._model, builder, [request.image for request in requests])]
         readings = self._readings(branches, rows, requests, captions)
         blanks: list[Reading | None] = [None] * len(requests)
-        if self.contextual:
+        if self.contextual and all(_dialogue(request).images for request in requests):
             blank_requests = [_blank(request) for request in requests]
             blanks = [*self._readings(self._prefilled(blank_requests), range(len(requests)), blank_requests, captions)]
         latency = (time.perf_counter() - started) / len(requests)
@@ -137,11 +149,9 @@ class SelfJudge:
         ]
 
     def _prefilled(self, requests: Sequence[JudgeRequest]) -> Branches:
-        from transformers import DynamicCache
-
         builder = self._require_builder()
-        rows = [builder.build(request.image, request.prompt) for request in requests]
-        branches = Branches(self._model, self._inputs(rows), None, DynamicCache())
+        rows = [_build(builder, _dialogue(request)) for request in requests]
+        branches = make_branches(self._model, self._inputs(rows), None, kv.new_cache(self._model))
         branches.prefill()
         return branches
 
@@ -169,7 +179,7 @@ class SelfJudge:
         """
         builder = self._require_builder()
         suffixes = [
-            builder.judge_suffix(request.prompt, text)
+            builder.judge_suffix(_dialogue(request), text)
             for texts in orders
             for request, text in zip(requests, texts, strict=True)
         ]
@@ -180,11 +190,10 @@ class SelfJudge:
 
     def _separate_prefill(self, requests: Sequence[JudgeRequest], texts: Sequence[str]) -> Tensor:
         """The same question where the template puts the image behind the text: nothing can be shared."""
-        from transformers import DynamicCache
-
         builder = self._require_builder()
-        rows = [builder.build(r.image, f"{r.prompt}\n\n{text}") for r, text in zip(requests, texts, strict=True)]
-        return Branches(self._model, self._inputs(rows), None, DynamicCache()).prefill()[0]
+        asked = [_dialogue(request).with_question(text) for request, text in zip(requests, texts, strict=True)]
+        rows = [_build(builder, dialogue) for dialogue in asked]
+        return make_branches(self._model, self._inputs(rows), None, kv.new_cache(self._model)).prefill()[0]
 
     def _inputs(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         device, dtype = self._model.device, self._model.dtype
@@ -217,6 +226,16 @@ def _questions(request: JudgeRequest, caption: str | None) -> list[str]:
     return [f"{request.policy_text}\n{text}" for text in asked] if request.policy_text else asked
 
 
+def _dialogue(request: JudgeRequest) -> Dialogue:
+    return request.dialogue or Dialogue((request.image,), (Message("user", (None, request.prompt)),))
+
+
+def _build(builder: PromptBuilder, dialogue: Dialogue) -> dict[str, Tensor]:
+    return builder.build(dialogue.images, dialogue)
+
+
 def _blank(request: JudgeRequest) -> JudgeRequest:
-    """Return the same request about a picture that shows nothing, as large as its own."""
-    return JudgeRequest(Image.new("RGB", request.image.size, _BLANK), request.prompt, policy_text=request.policy_text)
+    """Return the same request about pictures that show nothing, as large as its own."""
+    dialogue = _dialogue(request)
+    blank = dialogue.with_images([Image.new("RGB", image.size, _BLANK) for image in dialogue.images])
+    return replace(request, image=blank.sheet(), dialogue=blank)
