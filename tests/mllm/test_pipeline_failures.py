@@ -186,10 +186,10 @@ def test_an_unexpected_error_while_preparing_is_its_requests_own(monkeypatch: py
     sc = front_door()
     build = sc.builder.build
 
-    def fails_on_the_second(image: Any, prompt: str) -> Any:
-        if prompt == "second":
+    def fails_on_the_second(images: Any, dialogue: Any) -> Any:
+        if dialogue.request == "second":
             raise ValueError("the processor's own")
-        return build(image, prompt)
+        return build(images, dialogue)
 
     monkeypatch.setattr(sc.builder, "build", fails_on_the_second)
     requests = [REQUESTS[0], REQUESTS[1] | {"prompt": "second"}, REQUESTS[2]]
