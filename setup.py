@@ -141,7 +141,7 @@ setup(
     include_package_data=False,
     package_data={
         "safecode_kernels": ["py.typed", "*.pyi"],
-        "safecode_mllm": ["py.typed", "hazard_world/weights/*"],
+        "safecode_mllm": ["py.typed", "hazard_world/weights/*", "generation/recipe/*", "generation/recipe/*/*"],
     },
     ext_modules=native_extensions() + cuda_extensions(),
     cmdclass={"build_ext": CMakeBuild},

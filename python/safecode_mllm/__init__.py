@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .config import SafeCoDeConfig as SafeCoDeConfig
     from .decoding.guidance import Guidance as Guidance
     from .decoding.loop import SteeredGeneration as SteeredGeneration
+    from .generation.function import RECIPE as RECIPE
+    from .generation.function import generate_fn as generate_fn
+    from .generation.processor import SafeCoDeLogitsProcessor as SafeCoDeLogitsProcessor
     from .judges.protocol import Judge as Judge
     from .judges.protocol import JudgeRequest as JudgeRequest
     from .judges.protocol import Verdict as Verdict
@@ -28,24 +31,30 @@ _HOMES = {
     "Judge": ".judges.protocol",
     "JudgeRequest": ".judges.protocol",
     "PRESETS": ".config",
+    "RECIPE": ".generation.function",
     "SafeCoDe": ".pipeline",
     "SafeCoDeConfig": ".config",
+    "SafeCoDeLogitsProcessor": ".generation.processor",
     "SteeredGeneration": ".decoding.loop",
     "Verdict": ".judges.protocol",
+    "generate_fn": ".generation.function",
 }
 
 __all__ = [
     "PRESETS",
+    "RECIPE",
     "ChatResult",
     "Guidance",
     "Judge",
     "JudgeRequest",
     "SafeCoDe",
     "SafeCoDeConfig",
+    "SafeCoDeLogitsProcessor",
     "SteeredGeneration",
     "Verdict",
     "__version__",
     "errors",
+    "generate_fn",
 ]
 
 

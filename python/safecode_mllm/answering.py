@@ -12,6 +12,7 @@ from safecode_mllm.audit import generation_settings, request_context
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.encoder_branches import prompt_columns
+from safecode_mllm.decoding.families import logit_width
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.loop import SteeredGeneration, Verdicts
 from safecode_mllm.decoding.step_pool import StepPool
@@ -49,8 +50,7 @@ class Answerer:
             return self._given_refusal
         kind = config.refusal_tokens
         if kind not in self._refusals:
-            vocab_size = self.model.get_output_embeddings().weight.shape[0]
-            self._refusals[kind] = refusal_tokens(self.builder.tokenizer, vocab_size, kind)
+            self._refusals[kind] = refusal_tokens(self.builder.tokenizer, logit_width(self.model), kind)
         return self._refusals[kind]
 
     def answer(

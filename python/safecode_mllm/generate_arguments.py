@@ -18,11 +18,29 @@ _RESERVED = (
 _ONE_PLAIN_ANSWER = {
     "num_return_sequences": 1, "return_dict_in_generate": False, "output_scores": False, "output_logits": False,
 }  # fmt: skip
+# Field of a GenerationConfig (and of its file) that holds a configuration, as SafeCoDeConfig.to_dict() writes it.
+CONFIG_FIELD = "safecode"
 _CONFIG_FIELDS = frozenset(field.name for field in fields(SafeCoDeConfig))
+
+
+def config_in(generation_config: Any) -> SafeCoDeConfig | None:
+    """Return the configuration in the field `safecode` of a GenerationConfig; None without one."""
+    field = getattr(generation_config, CONFIG_FIELD, None)
+    if field is None or isinstance(field, SafeCoDeConfig):
+        return field
+    try:
+        return SafeCoDeConfig.from_dict(field)
+    except ConfigError as error:
+        raise ConfigError(f"field {CONFIG_FIELD!r} of the generation configuration: {error}") from error
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise ConfigError for an argument that `chat` decides itself, or that belongs to the configuration."""
+    if getattr(arguments.get("generation_config"), CONFIG_FIELD, None) is not None:
+        raise ConfigError(
+            f"generation_config has a field {CONFIG_FIELD!r}, which a call of chat does not read: pass "
+            "config=SafeCoDeConfig.from_dict(...), or put it into the model's own generation_config"
+        )
     for name in arguments:
         if name in _RESERVED:
             raise ConfigError(f"{name} cannot be passed to chat; use SteeredGeneration and model.generate for it")

@@ -47,7 +47,7 @@ class RowLimits:
     def of(cls, rows: Sequence[PreparedRequest], arguments: Mapping[str, Any], model: Any) -> RowLimits:
         """Read the limits of a batch from its requests and the arguments of the call."""
         columns = max(row.length for row in rows)
-        given = _limit_of_all(arguments, columns)
+        given = limit_of_all(arguments, columns)
         context = context_length(model)
         rooms = None if context is None else [context - row.length for row in rows]
         return cls([row.request.max_new_tokens or given for row in rows], rooms)
@@ -72,7 +72,7 @@ class RowLimits:
         return wanted if self.rooms is None else [min(pair) for pair in zip(wanted, self.rooms, strict=True)]
 
 
-def _limit_of_all(arguments: Mapping[str, Any], columns: int) -> int:
+def limit_of_all(arguments: Mapping[str, Any], columns: int) -> int:
     """Return the tokens that the arguments allow behind a prompt of so many columns."""
     config = arguments.get("generation_config")
     for new_tokens, length in (

@@ -14,8 +14,9 @@ from safecode_mllm.batching import DEFAULT_BATCH_SIZE, BatchRunner, Progress, in
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.conversations import Dialogue
 from safecode_mllm.decoding.families import family_of
+from safecode_mllm.decoding.wrappers import unwrapped
 from safecode_mllm.errors import ConfigError
-from safecode_mllm.generate_arguments import check_arguments
+from safecode_mllm.generate_arguments import check_arguments, config_in
 from safecode_mllm.judges import bind, make_judge
 from safecode_mllm.judges.protocol import Judge, Verdict
 from safecode_mllm.judges.self_judge import SelfJudge
@@ -36,7 +37,8 @@ class SafeCoDe:
         model: a Hugging Face image-text-to-text model of a supported family.
         processor: its processor, with a chat template.
         judge: "self" (the model judges), "safe", "unsafe", a Judge, or None for no verdict.
-        config: what to do with the logits; SafeCoDeConfig() is preset `safecode`.
+        config: what to do with the logits; None takes the field `safecode` of the model's generation_config.json, or
+            else preset `safecode`.
         refusal: refusal tokens to use instead of the configuration's; for experiments.
 
     Raises:
@@ -56,9 +58,9 @@ class SafeCoDe:
         refusal: RefusalTokens | None = None,
     ):
         family_of(model)
-        self.model = model.eval()
+        self.model = unwrapped(model).eval()
         self.processor = processor
-        self.config = config or SafeCoDeConfig()
+        self.config = config or config_in(getattr(model, "generation_config", None)) or SafeCoDeConfig()
         self.builder = PromptBuilder(processor)
         check_processor(self.model, self.builder)
         self.judge = self._make_judge(judge)

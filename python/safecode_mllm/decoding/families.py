@@ -148,6 +148,12 @@ def image_token_ids(model: Any) -> list[int]:
     return _token_ids(model, _IMAGE_FIELDS)
 
 
+def logit_width(model: Any) -> int:
+    """Return V, the width of a model's logits; a head's weight may be packed, so it is not looked at."""
+    head = model.get_output_embeddings()
+    return int(head.out_features) + int(getattr(head, "out_additional_features", 0))
+
+
 def _token_ids(model: Any, fields: tuple[str, ...]) -> list[int]:
     found = {getattr(model.config, field, None) for field in fields}
     return sorted(token for token in found if isinstance(token, int) and token >= 0)

@@ -28,6 +28,7 @@ from safecode_mllm.decoding.processors import ProcessorSplit, split_processors
 from safecode_mllm.decoding.record import GenerationReport
 from safecode_mllm.decoding.run import Run, make_draws
 from safecode_mllm.decoding.step_pool import Prepared, StepPool
+from safecode_mllm.decoding.wrappers import unwrapped
 from safecode_mllm.errors import UnsupportedModelError
 from safecode_mllm.judges.protocol import Verdict
 
@@ -84,10 +85,12 @@ class SteeredGeneration:
             UnsupportedModelError: the model class, cache or generation mode is not supported.
             DecodeError: a row's logits could not be decoded (with `raise_row_errors`).
         """
+        model = unwrapped(model)
         decoder = decoder_of(model)
         check_mode(generate_kwargs)  # generate() would not hand an assistant to a callable
         if stop_strings is not None:
-            generate_kwargs["stopping_criteria"] = self._with_stop_strings(stop_strings, generate_kwargs)
+            criteria = generate_kwargs.get("stopping_criteria")
+            generate_kwargs["stopping_criteria"] = self.with_stop_strings(stop_strings, criteria)
         self._whole_model = model  # a decoder that is a part of it does not know it
         prompts = generate_arguments(model, self.clean)
         return decoder.generate(**prompts, custom_generate=self, **generate_kwargs)
@@ -182,13 +185,13 @@ class SteeredGeneration:
             raise next(iter(failed.values()))
         return list(failed)
 
-    def _with_stop_strings(self, stop_strings: Any, generate_kwargs: Mapping[str, Any]) -> Any:
+    def with_stop_strings(self, stop_strings: Any, criteria: Any) -> Any:
+        """Return stopping criteria that also stop at strings; `criteria` may be None."""
         from transformers import StoppingCriteriaList, StopStringCriteria
 
         if self.tokenizer is None:
             raise ValueError("stop_strings needs a tokenizer: pass tokenizer=... to SteeredGeneration")
-        given = list(generate_kwargs.get("stopping_criteria") or [])
-        return StoppingCriteriaList([*given, StopStringCriteria(self.tokenizer, stop_strings)])
+        return StoppingCriteriaList([*(criteria or []), StopStringCriteria(self.tokenizer, stop_strings)])
 
 
 def check_mode(arguments: Mapping[str, Any]) -> None:

@@ -80,15 +80,15 @@ class TokenPicker:
             mask_ids = self._mask_ids(clean.device) if guided else None
             return Pick(self._step(clean, step, guided)(clean, noised, mask_id=mask_ids, step=step), None)
         if guided and self.guidance.changes_logits:
-            scores, status = self._guided_scores(ids, clean, noised, step)
+            scores, status = self.guided_scores(ids, clean, noised, step)
         else:
             scores = apply(self.processors.before, ids, clean.to(torch.float32, copy=True))
             status = _status_of(scores)
             scores = apply(self.processors.after, ids, scores)
         return Pick(self._choose(scores, status, step), scores)
 
-    def _guided_scores(self, ids: Tensor, clean: Tensor, noised: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
-        """Contrast, bias, processors, cut, warpers, in the order of the method."""
+    def guided_scores(self, ids: Tensor, clean: Tensor, noised: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
+        """Return scores [R, V] and status [R] after contrast, bias, processors, cut and warpers, in that order."""
         steered = self._step(clean, step, True).scores(clean, noised, mask_id=self._mask_ids(clean.device))
         scales = torch.tensor(self.guidance.score_scales(step), device=clean.device)
         scores = apply(self.processors.before, ids, steered.scores / scales[:, None])
