@@ -196,7 +196,7 @@ class SteeredGeneration:
 
 def check_mode(arguments: Mapping[str, Any]) -> None:
     """Refuse the generation modes whose search cannot be steered, with the alternative."""
-    for name in ("num_beams", "penalty_alpha", "prompt_lookup_num_tokens", "assistant_model"):
+    for name in ("num_beams", "penalty_alpha", "prompt_lookup_num_tokens", "dola_layers", "assistant_model"):
         value = arguments.get(name)
         neutral = 1 if name == "num_beams" else 0
         if value is not None and value != neutral:
