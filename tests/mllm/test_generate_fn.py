@@ -241,9 +241,12 @@ def test_several_images_in_a_prompt_are_each_noised() -> None:
     prepared = function.plan.prepare(tiny.model, inputs, CONFIG)
     noise = prepared.noised["pixel_values"] - inputs["pixel_values"]
     assert not torch.equal(noise[0], noise[1])
-    # The first image is noised as if it were alone.
-    alone = function.plan.prepare(tiny.model, {key: value[:1] for key, value in single.items()}, CONFIG)
-    assert torch.equal(alone.noised["pixel_values"], prepared.noised["pixel_values"][:1])
+    # A prompt's pictures are noised in one draw, whoever else is in the batch.
+    lonely = {key: value[1:] for key, value in single.items()}
+    alone = generate_fn(processor, verdict="unsafe", config=CONFIG, refusal=TinyTrie(), seed=4)
+    expected = alone.plan.prepare(tiny.model, lonely, CONFIG).noised["pixel_values"]
+    batch = function.plan.prepare(tiny.model, single, CONFIG).noised["pixel_values"]
+    assert torch.equal(batch[1:], expected)
     assert tiny.model.generate(**inputs, custom_generate=function, max_new_tokens=3).shape[0] == 1
     inputs["pixel_values"] = torch.cat([inputs["pixel_values"], inputs["pixel_values"][:1]])
     with pytest.raises(ImageError, match=r"holds 3 images, but the prompts have room for \[2\]"):

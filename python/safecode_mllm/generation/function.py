@@ -20,6 +20,7 @@ from safecode_mllm.decoding.wrappers import unwrapped
 from safecode_mllm.errors import ConfigError, UnsupportedModelError
 from safecode_mllm.generation.plan import Inputs, SteeringPlan, VerdictLike
 from safecode_mllm.judges.protocol import Judge, JudgeRequest
+from safecode_mllm.lengths import RowLimits, limit_of_all
 from safecode_mllm.refusal import RefusalTokens
 from safecode_mllm.styling import with_style
 
@@ -115,7 +116,7 @@ class GenerateFunction:
         configured = arguments.get("generation_config", model.generation_config)
         config = self.plan.configuration(configured)
         generation = self._generation(model, clean, config, streamer)
-        return generation.generate(model, **with_style(generation, arguments, model))
+        return generation.generate(model, **_with_style(generation, arguments, model))
 
     def __call__(
         self,
@@ -200,6 +201,18 @@ class _WithoutPrompt:
 
     def end(self) -> None:
         self._streamer.end()
+
+
+def _with_style(generation: SteeredGeneration, arguments: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Return the arguments with what the configuration's style adds; only a style that needs room changes a limit."""
+    rows, columns = generation.clean["input_ids"].shape
+    limits = RowLimits([limit_of_all(arguments, columns)] * rows, None)
+    styled = with_style(generation, limits, arguments, model)
+    if not limits.extra:
+        return styled
+    if arguments.get("num_return_sequences", 1) > 1:
+        raise ConfigError("refusal_style='explain' writes one answer per prompt: leave num_return_sequences out")
+    return limits.apply(styled)
 
 
 def _arguments_that_generate_loses(function: GenerateFunction) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def noised_batch(
     config: SafeCoDeConfig,
     seeds: Sequence[int],
 ) -> dict[str, Tensor]:
-    """Return processor output of B prompts with every image noised, each as if its prompt were alone.
+    """Return processor output of B prompts with every image noised, as if each prompt were alone.
 
     Args:
         inputs: processor output: `input_ids` int64 [B, L], `pixel_values` with one entry per image or per prompt along
@@ -42,40 +42,42 @@ def noised_batch(
             'noise_space="image" needs whole pictures, and generate() has pixel values only: set noise_space="model", '
             "pass noised=processor(images=..., text=...) made from noised pictures, or use SafeCoDe.chat"
         )
-    pixels = inputs[PIXELS]
-    patched = _PATCH_GRID in inputs
-    images = pixels.split(inputs[_PATCH_GRID].prod(-1).tolist()) if patched else pixels.split(1)
-    owners = _owners(inputs["input_ids"], image_tokens, len(images))
     noised = []
-    for image, (row, index) in zip(images, owners, strict=True):
+    for pictures, seed in zip(_pixels_of_prompts(inputs, image_tokens), seeds, strict=True):
         # Padding is not noised; nor may it take draws, or the noise would depend on the rest of the batch.
-        kept = _without_padding_tiles(image)
-        changed = noised_pixels(kept, image_processor, config, seeds[row], index)
-        if kept.shape != image.shape:
-            changed = torch.cat([changed, image[:, kept.shape[1] :]], 1)
+        kept = _without_padding_tiles(pictures)
+        changed = noised_pixels(kept, image_processor, config, seed) if len(kept) else kept
+        if kept.shape != pictures.shape:
+            changed = torch.cat([changed, pictures[:, kept.shape[1] :]], 1)
         noised.append(changed)
     return dict(inputs, **{PIXELS: torch.cat(noised)})
 
 
-def _owners(ids: Tensor, image_tokens: Sequence[int], images: int) -> list[tuple[int, int]]:
-    """Return for each image its prompt, and which of that prompt's images it is."""
-    rows = ids.shape[0]
-    if images == rows:
-        return [(row, 0) for row in range(rows)]
+def _pixels_of_prompts(inputs: Mapping[str, Tensor], image_tokens: Sequence[int]) -> list[Tensor]:
+    """Split the pixel values into those of each prompt."""
+    pixels, ids = inputs[PIXELS], inputs["input_ids"]
+    # How much of dim 0 each image takes.
+    sizes = inputs[_PATCH_GRID].prod(-1).tolist() if _PATCH_GRID in inputs else [1] * len(pixels)
     is_image = torch.isin(ids, torch.tensor(list(image_tokens), device=ids.device))
     begins = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
     counts = begins.sum(-1).tolist()
-    if sum(counts) != images:
+    if sum(counts) != len(sizes) and len(sizes) == len(ids):
+        counts = [1] * len(ids)  # a processor that gives each prompt one entry, whatever is in it
+    if sum(counts) != len(sizes):
         raise ImageError(
-            f"pixel_values holds {images} images, but the prompts have room for {counts}: pass the inputs of one call "
-            "of the model's own processor"
+            f"pixel_values holds {len(sizes)} images, but the prompts have room for {counts}: pass the inputs of one "
+            "call of the model's own processor"
         )
-    return [(row, index) for row, count in enumerate(counts) for index in range(count)]
+    owned, first = [], 0
+    for count in counts:
+        owned.append(sum(sizes[first : first + count]))
+        first += count
+    return list(pixels.split(owned))
 
 
-def _without_padding_tiles(image: Tensor) -> Tensor:
-    """Return [1, tiles, C, H, W] without the tiles of exact zeros at its end; other layouts have none."""
-    if image.ndim != 5:
-        return image
-    filled = image[0].flatten(1).any(-1).nonzero()
-    return image if len(filled) == 0 else image[:, : int(filled[-1]) + 1]
+def _without_padding_tiles(pictures: Tensor) -> Tensor:
+    """Return [N, tiles, C, H, W] without the last tiles that are zero in all pictures; other layouts have none."""
+    if pictures.ndim != 5:
+        return pictures
+    filled = pictures.flatten(2).any(-1).any(0).nonzero()
+    return pictures if len(filled) == 0 else pictures[:, : int(filled[-1]) + 1]
