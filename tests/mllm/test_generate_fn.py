@@ -152,6 +152,14 @@ def test_searches_that_cannot_be_steered_are_refused_with_the_alternative(mode: 
             call(**two_prompts("llava"), max_new_tokens=3, **mode)
 
 
+@pytest.mark.parametrize("output", ["output_attentions", "output_hidden_states"])
+def test_outputs_that_are_not_kept_are_refused(output: str) -> None:
+    model, processor = chat_model("llava")
+    function = generate_fn(processor, verdict="unsafe", config=CONFIG)
+    with pytest.raises(UnsupportedModelError, match=f"{output}=True.*on the finished ids"):
+        model.generate(**two_prompts("llava"), custom_generate=function, return_dict_in_generate=True, **{output: True})
+
+
 def test_a_refusal_style_and_a_fading_bias_are_those_of_chat() -> None:
     inputs = two_prompts("llava")
     model, processor = chat_model("llava")

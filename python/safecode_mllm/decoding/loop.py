@@ -205,5 +205,10 @@ def check_mode(arguments: Mapping[str, Any]) -> None:
                 f"{name}={shown} is not supported by steered decoding, which picks one token per row and step; "
                 "use greedy decoding or sampling, with num_return_sequences for several answers"
             )
+    for name in ("output_attentions", "output_hidden_states"):
+        if arguments.get(name):
+            raise UnsupportedModelError(
+                f"{name}=True is not supported by steered decoding; call the model on the finished ids for it"
+            )
     if arguments.get("use_cache") is False:
         raise UnsupportedModelError("use_cache=False is not supported by steered decoding; leave it unset")

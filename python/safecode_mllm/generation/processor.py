@@ -132,7 +132,8 @@ class SafeCoDeLogitsProcessor:
                 )
         elif _equal(ids, prompt):
             raise SafeCoDeError(
-                "this SafeCoDeLogitsProcessor has steered a generation already: make a new one for each generate()"
+                "this SafeCoDeLogitsProcessor has seen its prompt already: make a new one for each generate(). "
+                "Assisted decoding, which shows it twice, cannot be steered: use greedy decoding or sampling"
             )
         elif not _equal(ids[:, :-1], self._ids):
             raise UnsupportedModelError(
