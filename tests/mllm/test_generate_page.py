@@ -31,11 +31,10 @@ FIRST, *OTHERS = sections()
 def test_every_habit_has_an_example() -> None:
     assert len(OTHERS) == 9
     examples = "".join(block for blocks in sections().values() for block in blocks)
-    for habit in (
-        "custom_generate=RECIPE", "pipeline(", "SafeCoDeLogitsProcessor(", "TextIteratorStreamer(", "stop_strings=",
-        "max_time=", "bad_words_ids=", "prefix_allowed_tokens_fn=", "generation_config.safecode", "return_dict_in_generate=",
-        "output_scores=", "output_logits=", "num_return_sequences=", "seed=", "noised=", "requests=", "verdict=",
-    ):  # fmt: skip
+    habits = """custom_generate=RECIPE pipeline( SafeCoDeLogitsProcessor( TextIteratorStreamer( stop_strings= max_time=
+        bad_words_ids= prefix_allowed_tokens_fn= generation_config.safecode return_dict_in_generate= output_scores=
+        output_logits= num_return_sequences= seed= noised= requests= verdict="""
+    for habit in habits.split():
         assert habit in examples, habit
 
 
