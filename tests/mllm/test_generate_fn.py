@@ -326,6 +326,8 @@ def test_bad_inputs_are_named_before_the_model_runs() -> None:
             generate(processor.tokenizer)
         with pytest.raises(ConfigError, match="noised does not fit the inputs in pixel_values"):
             generate(noised=dict(inputs, pixel_values=inputs["pixel_values"][:1]))
+        with pytest.raises(ConfigError, match="noised does not fit the inputs in input_ids"):
+            generate(noised=dict(inputs, input_ids=inputs["input_ids"].roll(1, 0)))
         with pytest.raises(ConfigError, match="verdict holds 3 entries for 2 prompts"):
             generate(verdict=["safe"] * 3)
         with pytest.raises(ConfigError, match="input_ids is missing"):

@@ -148,6 +148,8 @@ class SteeringPlan:
         if self.noised is not None:
             noised = {key: self.noised[key] for key in clean if key in self.noised}
             wrong = [key for key, value in clean.items() if key not in noised or noised[key].shape != value.shape]
+            if not wrong and not torch.equal(noised["input_ids"].to(clean["input_ids"].device), clean["input_ids"]):
+                wrong = ["input_ids"]
             if wrong:
                 raise ConfigError(
                     f"noised does not fit the inputs in {', '.join(wrong)}: pass the processor's output for the same "
