@@ -11,7 +11,8 @@ from torch import Tensor
 from safecode_kernels import Status
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.decoding.branches import Branches
-from safecode_mllm.decoding.families import placeholder_ids
+from safecode_mllm.decoding.encoder_branches import make_branches
+from safecode_mllm.decoding.families import decoder_of, has_encoder, placeholder_ids
 from safecode_mllm.decoding.lingering import LingeringBias
 from safecode_mllm.decoding.picker import Draws, TokenPicker
 from safecode_mllm.decoding.processors import split_processors
@@ -61,6 +62,11 @@ class SafeCoDeLogitsProcessor:
         num_return_sequences: int = 1,
     ) -> None:
         model = unwrapped(model)
+        if has_encoder(decoder_of(model)):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} reads its prompt with an encoder, which a logits processor cannot follow: use "
+                "generate_fn(...).generate(model, **inputs, ...)"
+            )
         plan = SteeringPlan(
             processor,
             verdict=verdict,
@@ -154,7 +160,7 @@ class SafeCoDeLogitsProcessor:
             return self._branch.step(ids[:, -1])[0]
         from transformers import DynamicCache
 
-        self._branch = Branches(self._model, self._noised, None, DynamicCache())
+        self._branch = make_branches(self._model, self._noised, None, DynamicCache())
         logits, _ = self._branch.prefill()
         self._branch.expand(self._times)
         return logits.repeat_interleave(self._times, 0)
@@ -181,7 +187,7 @@ class _LateBranches:
         """As `Branches.ask`."""
         from transformers import DynamicCache
 
-        branches = Branches(self._model, self._clean, None, DynamicCache())
+        branches = make_branches(self._model, self._clean, None, DynamicCache())
         branches.prefill()
         return branches.ask(suffixes, hidden, rows)
 
