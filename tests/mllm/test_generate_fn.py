@@ -16,7 +16,7 @@ from safecode_mllm import RECIPE, JudgeRequest, SafeCoDeConfig, Verdict, generat
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.loop import SteeredGeneration
 from safecode_mllm.errors import ConfigError, ImageError, UnsupportedModelError
-from tiny_models import CHAT_NAMES, FAMILY_NAMES, noised_copy
+from tiny_models import CHAT_NAMES, FAMILY_NAMES, TIER2_NAMES, noised_copy
 from tiny_refusal import TinyTrie
 
 SAMPLING = dict(max_new_tokens=8, do_sample=True, temperature=1.3, top_p=0.9)
@@ -72,7 +72,10 @@ def test_unsteered_and_unseeded_it_is_stock_generate(mode: dict[str, Any]) -> No
             torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in TIER2_NAMES]
+
+
+@pytest.mark.parametrize("name", [*FAMILY_NAMES, *SLOW])
 def test_families_without_a_chat_work_with_given_verdict_and_noised_inputs(name: str) -> None:
     tiny = model_of(name)
     clean = tiny.prompts(2, extra=(0, 3))
@@ -82,7 +85,7 @@ def test_families_without_a_chat_work_with_given_verdict_and_noised_inputs(name:
     wanted = loop.generate(tiny.model, max_new_tokens=8)
     function = generate_fn(object(), verdict=verdicts, config=CONFIG, noised=noised_copy(clean), refusal=TinyTrie())
     assert torch.equal(function.generate(tiny.model, **clean, max_new_tokens=8), wanted)
-    if name == "instructblip":
+    if name.startswith(("instructblip", "blip")):
         with pytest.raises(UnsupportedModelError, match=r"generate_fn\(\.\.\.\)\.generate\(model"):
             tiny.model.generate(**clean, custom_generate=function, max_new_tokens=8)
     else:

@@ -145,6 +145,12 @@ def test_a_row_that_cannot_be_decoded_is_named() -> None:
         tiny.model.generate(**clean, logits_processor=[broken, processor_for(clean, tiny.model)], max_new_tokens=3)
 
 
+def test_a_language_model_with_an_encoder_is_refused() -> None:
+    tiny = model_of("instructblip_t5")
+    with pytest.raises(UnsupportedModelError, match="reads its prompt with an encoder"):
+        processor_for(tiny.prompts(1), tiny.model)
+
+
 def test_a_judge_that_fails_raises_when_the_processor_is_made() -> None:
     model, processor = chat_model("llava")
     inputs = two_prompts("llava")
