@@ -22,6 +22,7 @@ from tiny_parts import (
     PAD,
     VISION_END,
     VISION_START,
+    Images,
     TinyTokens,
     clip,
     llama,
