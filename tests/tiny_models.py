@@ -22,6 +22,7 @@ from tiny_parts import (
     PAD,
     VISION_END,
     VISION_START,
+    Images,
     TinyTokens,
     clip,
     llama,
@@ -54,6 +55,12 @@ def tiny_model(name: str, seed: int = 0) -> TinyModel:
     """Build the tiny model of a family and its prompts of random words."""
     model, images = build(name, TinyTokens(), _QWEN_PATCH, seed)
 
+    return TinyModel(name, model, tiny_prompts(name, images))
+
+
+def tiny_prompts(name: str, images: Images) -> Callable[..., dict[str, Tensor]]:
+    """Return the function that makes a family's prompt batches, see TinyModel."""
+
     def prompts(rows: int = 1, extra: tuple[int, ...] = (), seed: int = 1) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         counts, pixels = images(rows, generator)
@@ -64,7 +71,7 @@ def tiny_model(name: str, seed: int = 0) -> TinyModel:
         batch = _left_pad(ids)
         return batch | _along_tokens(name, batch["input_ids"], pixels) | pixels
 
-    return TinyModel(name, model, prompts)
+    return prompts
 
 
 def _arrange(name: str, before: list[int], image: list[int], after: list[int]) -> list[int]:
@@ -99,7 +106,7 @@ def build(name: str, tokens: TinyTokens, patch: int, seed: int = 0) -> tuple[Any
     config, model_class, images = _BUILDERS[name](tokens, patch)
     model = model_class(config).eval()
     decoder_of(model).set_attn_implementation("sdpa")  # not all parts of InstructBLIP know another one
-    _randomise(model, tokens, seed)
+    randomise(model, tokens, seed)
     for owner in {model, decoder_of(model)}:
         generation = owner.generation_config
         generation.pad_token_id, generation.bos_token_id, generation.eos_token_id = tokens.pad, tokens.bos, tokens.eos
@@ -323,7 +330,7 @@ _BUILDERS: dict[str, Callable[[TinyTokens, int], tuple[Any, type, Any]]] = {
 
 
 @torch.no_grad()
-def _randomise(model: Any, tokens: TinyTokens, seed: int) -> None:
+def randomise(model: Any, tokens: TinyTokens, seed: int) -> None:
     """Redraw all weights: norms near one, biases small, matrices scaled to keep activations, a wide output head."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in sorted(model.named_parameters()):

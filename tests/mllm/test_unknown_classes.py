@@ -16,7 +16,9 @@ from safecode_mllm.decoding.families import FAMILIES, family_of, family_of_confi
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.loop import SteeredGeneration
 from safecode_mllm.errors import UnsupportedModelError
+from support_cells import NEWEST
 from tiny_models import TinyModel, noised_copy, tiny_model
+from tiny_unlisted import unlisted_model
 
 CONFIG = SafeCoDeConfig(contrast_weight=0.8, bias_form="none", steps=3)
 NEW_TOKENS = 6
@@ -53,6 +55,21 @@ def test_a_class_that_fits_works_and_is_looked_at_once(name: str, monkeypatch: p
     compared.clear()
     steer(tiny)
     assert compared == []
+
+
+@pytest.mark.skipif(transformers.__version__ != NEWEST, reason=f"built on transformers {NEWEST}")
+@pytest.mark.parametrize("name", ["vipllava", "aya_vision"])
+def test_real_classes_that_are_not_listed_work(name: str) -> None:
+    tiny = unlisted_model(name)
+    assert not family_of(tiny.model).verified
+    ids, wanted = steer(tiny)
+    assert torch.equal(ids, wanted)
+
+
+@pytest.mark.skipif(transformers.__version__ != NEWEST, reason=f"built on transformers {NEWEST}")
+def test_a_real_class_whose_layers_keep_a_state_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="layers whose memory is no row of columns"):
+        steer(unlisted_model("lfm2_vl"))
 
 
 class MixesRows(transformers.LlavaForConditionalGeneration):
@@ -124,3 +141,12 @@ def test_every_type_that_transformers_can_load_has_a_family() -> None:
         config = transformers.PretrainedConfig()
         config.model_type = model_type
         assert family_of_config(config).verified is (model_type in FAMILIES)
+
+
+def test_a_video_is_refused() -> None:
+    tiny = tiny_model("qwen2_5_vl")
+    clean = tiny.prompts(1)
+    clean["pixel_values_videos"] = clean["pixel_values"]
+    guidance = Guidance(SafeCoDeConfig(contrast_weight=0.0, bias_form="none"), [True])
+    with pytest.raises(UnsupportedModelError, match="pixel_values_videos: videos are not supported"):
+        SteeredGeneration(clean, None, guidance).generate(tiny.model, max_new_tokens=1)

@@ -12,6 +12,7 @@ from safecode_mllm.decoding import kv
 from safecode_mllm.decoding.branches import Branches, stack, with_suffixes
 from safecode_mllm.decoding.families import decoder_of, forward, has_encoder, prefill
 from safecode_mllm.decoding.probe import verify_once
+from safecode_mllm.errors import UnsupportedModelError
 
 
 class EncoderBranches(Branches):
@@ -106,8 +107,13 @@ def make_branches(model: Any, clean: Mapping[str, Tensor], noised: Mapping[str, 
 
     Raises:
         UnsupportedModelError: the model is of a class that this package has no tests for, and its branches do not do
-            what the model does alone.
+            what the model does alone; or there is a video among the inputs.
     """
+    videos = [key for key in clean if "video" in key]
+    if videos:
+        raise UnsupportedModelError(
+            f"inputs hold {', '.join(videos)}: videos are not supported; pass frames as pictures"
+        )
     verify_once(model, clean, noised, plain_branches)
     return plain_branches(model, clean, noised, cache)
 
