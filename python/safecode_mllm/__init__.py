@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .config import SafeCoDeConfig as SafeCoDeConfig
     from .decoding.guidance import Guidance as Guidance
     from .decoding.loop import SteeredGeneration as SteeredGeneration
+    from .decoding.prefix_store import PrefixStore as PrefixStore
     from .generation.function import RECIPE as RECIPE
     from .generation.function import generate_fn as generate_fn
     from .generation.processor import SafeCoDeLogitsProcessor as SafeCoDeLogitsProcessor
@@ -32,6 +33,7 @@ _HOMES = {
     "JudgeRequest": ".judges.protocol",
     "PRESETS": ".config",
     "RECIPE": ".generation.function",
+    "PrefixStore": ".decoding.prefix_store",
     "SafeCoDe": ".pipeline",
     "SafeCoDeConfig": ".config",
     "SafeCoDeLogitsProcessor": ".generation.processor",
@@ -47,6 +49,7 @@ __all__ = [
     "Guidance",
     "Judge",
     "JudgeRequest",
+    "PrefixStore",
     "SafeCoDe",
     "SafeCoDeConfig",
     "SafeCoDeLogitsProcessor",

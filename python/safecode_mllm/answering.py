@@ -15,6 +15,7 @@ from safecode_mllm.decoding.encoder_branches import prompt_columns
 from safecode_mllm.decoding.families import logit_width
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.loop import SteeredGeneration, Verdicts
+from safecode_mllm.decoding.prefix_store import PrefixStore
 from safecode_mllm.decoding.step_pool import StepPool
 from safecode_mllm.errors import JudgeError
 from safecode_mllm.generate_arguments import check_arguments, complete_arguments
@@ -36,10 +37,17 @@ class Answerer:
         model: a model of a supported family, in evaluation mode.
         builder: builds its prompts.
         refusal: refusal tokens to use instead of those the configurations name.
+        prefix_store: where the text before the image is kept; None keeps nothing.
     """
 
-    def __init__(self, model: Any, builder: PromptBuilder, refusal: RefusalTokens | None = None) -> None:
-        self.model, self.builder = model, builder
+    def __init__(
+        self,
+        model: Any,
+        builder: PromptBuilder,
+        refusal: RefusalTokens | None = None,
+        prefix_store: PrefixStore | None = None,
+    ) -> None:
+        self.model, self.builder, self.prefix_store = model, builder, prefix_store
         self._given_refusal = refusal
         self._refusals: dict[str, RefusalTokens] = {}
         self.pool = StepPool()
@@ -83,6 +91,7 @@ class Answerer:
             record=record,
             raise_row_errors=False,
             pool=self.pool,
+            prefix_store=self.prefix_store,
         )
         limits = RowLimits.of(rows, arguments, self.model)
         completed = complete_arguments(arguments, self.model, self.builder.pad_token_id)

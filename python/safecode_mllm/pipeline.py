@@ -14,6 +14,8 @@ from safecode_mllm.batching import DEFAULT_BATCH_SIZE, BatchRunner, Progress, in
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.conversations import Dialogue
 from safecode_mllm.decoding.families import family_of
+from safecode_mllm.decoding.prefill import explain_prefill
+from safecode_mllm.decoding.prefix_store import PrefixStore
 from safecode_mllm.decoding.wrappers import unwrapped
 from safecode_mllm.errors import ConfigError
 from safecode_mllm.generate_arguments import check_arguments, config_in
@@ -40,11 +42,12 @@ class SafeCoDe:
         config: what to do with the logits; None takes the field `safecode` of the model's generation_config.json, or
             else preset `safecode`.
         refusal: refusal tokens to use instead of the configuration's; for experiments.
+        prefix_store: keeps the text before the image from one request to the next; None keeps nothing.
 
     Raises:
         UnsupportedModelError: the model's class is not supported.
         PromptError: the processor has no chat template, or is that of another model.
-        ConfigError: a judge is given that the configuration would never ask.
+        ConfigError: a judge is given that the configuration would never ask, or prefix_store is something else.
 
     Source: SafeCoDe (arXiv 2509.19212).
     """
@@ -56,15 +59,19 @@ class SafeCoDe:
         judge: str | Judge | None = "self",
         config: SafeCoDeConfig | None = None,
         refusal: RefusalTokens | None = None,
+        prefix_store: PrefixStore | None = None,
     ):
         family_of(model)
+        if prefix_store is not None and not isinstance(prefix_store, PrefixStore):
+            kind = type(prefix_store).__name__
+            raise ConfigError(f"prefix_store must be a PrefixStore, got {kind}: PrefixStore(max_bytes=2**28), say")
         self.model = unwrapped(model).eval()
         self.processor = processor
         self.config = config or config_in(getattr(model, "generation_config", None)) or SafeCoDeConfig()
         self.builder = PromptBuilder(processor)
         check_processor(self.model, self.builder)
         self.judge = self._make_judge(judge)
-        self._answerer = Answerer(self.model, self.builder, refusal)
+        self._answerer = Answerer(self.model, self.builder, refusal, prefix_store)
         if judge not in (None, "self") and not self.config.uses_verdict:
             raise ConfigError(_unused("judge", self.config))
 
@@ -77,6 +84,7 @@ class SafeCoDe:
         dtype: torch.dtype | str | None = None,
         judge: str | Judge | None = "self",
         config: SafeCoDeConfig | None = None,
+        prefix_store: PrefixStore | None = None,
     ) -> SafeCoDe:
         """Load model and processor from the hub or a folder.
 
@@ -86,19 +94,21 @@ class SafeCoDe:
             dtype: the weights' dtype; as stored on a GPU, float32 on a CPU.
             judge: see the class.
             config: see the class.
+            prefix_store: see the class.
 
         Raises:
             ModelError: the model cannot be loaded; the message says what to check.
         """
         model, processor = load_model(id_or_path, device=device, dtype=dtype)
-        return cls(model, processor, judge=judge, config=config)
+        return cls(model, processor, judge=judge, config=config, prefix_store=prefix_store)
 
     def explain(self) -> dict[str, str]:
-        """Return which ways this object takes and why: model family, decode step, noised view, judge."""
+        """Return which ways this object takes and why: model family, prefill, decode step, noised view, judge."""
         judge, contrast = self.judge, self.config.uses_contrast
         space = "what the image processor made of it" if self.config.noise_space == "model" else "the picture itself"
         return {
             "family": family_of(self.model).title,
+            "prefill": explain_prefill(self._answerer.prefix_store),
             "decode_step": str(explain(device=self.model.device, dtype=self.model.dtype)),
             "noised_view": f"{self.config.noise} noise on {space}" if contrast else "none: contrast_weight is 0",
             "judge": judge.explain() if isinstance(judge, SelfJudge) else "none" if judge is None else judge.name,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,11 +13,11 @@ import torch
 import transformers
 from PIL import Image
 
+from counting import counted
 from published_cases import recorded
 from published_models import DATA, IMAGE, MODEL_TYPES, published_model
 from safecode_mllm import compat
 from safecode_mllm.compat import model_types
-from safecode_mllm.decoding.families import decoder_of
 
 GOLDEN = json.loads((DATA / "published_ids.json").read_text())
 # The tokens of the published refusal prefixes, which the recording made less likely: as words, they give the same ids.
@@ -95,25 +93,6 @@ def test_recorded_cases(model_type: str, tmp_path: Path) -> None:
         assert decode(**arguments)[1] == ids, case.name
 
 
-@contextmanager
-def counted(model: Any) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-    """Rows of every vision call, and (rows, columns) of every pass of the language model."""
-    vision, passes = [], []
-    inner = decoder_of(model).model
-    towers = ("vision_tower", "vision_model", "visual")
-    tower = next(found for owner in (inner, model) for name in towers if (found := getattr(owner, name, None)))
-    layer = getattr(inner, "language_model", inner).layers[0]
-    hooks = [
-        tower.register_forward_hook(lambda *_: vision.append(1)),
-        layer.register_forward_pre_hook(lambda _, args: passes.append(tuple(args[0].shape[:2]))),
-    ]
-    try:
-        yield vision, passes
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @pytest.mark.parametrize("verdict", ["safe", "unsafe"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_one_vision_call_and_one_cache(model_type: str, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +103,10 @@ def test_one_vision_call_and_one_cache(model_type: str, verdict: str, monkeypatc
     limit = 3 if kind.length_name == "max_new_tokens" else prompt + 8
     monkeypatch.setattr(model_types, "MODEL_TYPES", {model_type: replace(kind, safe_length=limit, unsafe_length=limit)})
     arguments = golden_arguments({"verdict": verdict}, model_type)
-    with counted(model) as (vision, passes):
+    with counted(model) as counts:
         _, ids = decode(model_type, **arguments)
-    assert len(vision) == 1
+    passes = counts.passes
+    assert counts.vision == 1
     assert passes[0] == (2, prompt)
     two_rows = [columns for rows, columns in passes[1:] if rows == 2]
     assert len(two_rows) <= (4 if verdict == "safe" else 0)

@@ -111,39 +111,6 @@ def _cut_columns(inputs: dict[str, torch.Tensor], drop: int) -> dict[str, torch.
     return {key: value[:, : value.shape[1] - drop] if key in keys else value for key, value in inputs.items()}
 
 
-def test_noised_rows_are_dropped_without_a_copy() -> None:
-    tiny = model_of("llava")
-    clean = tiny.prompts(2)
-    cache_ = DynamicCache()
-    with torch.no_grad():
-        branches = Branches(tiny.model, clean, noised_copy(clean), cache_)
-        branches.prefill()
-        before = [layer.keys.data_ptr() for layer in cache_.layers]
-        branches.drop_noised()
-    assert [layer.keys.data_ptr() for layer in cache_.layers] == before
-    assert {layer.keys.shape[0] for layer in cache_.layers} == {2}
-
-
-def test_one_vision_pass_and_no_second_prefill() -> None:
-    tiny = model_of("llava")
-    clean = tiny.prompts(2)
-    images, widths = [], []
-    hooks = [
-        tiny.model.model.vision_tower.register_forward_hook(lambda *a: images.append(1)),
-        tiny.model.model.language_model.register_forward_hook(
-            lambda module, args, kwargs, out: widths.append(tuple(out.last_hidden_state.shape[:2])), with_kwargs=True
-        ),
-    ]
-    loop = steered(tiny, clean, SafeCoDeConfig(contrast_weight=0.5))
-    loop.generate(tiny.model, max_new_tokens=8, min_new_tokens=8)
-    for hook in hooks:
-        hook.remove()
-    length = clean["input_ids"].shape[1]
-    assert len(images) == 1
-    # One doubled prefill, T - 1 = 4 doubled steps, then single rows: the last token is never fed.
-    assert widths == [(4, length)] + [(4, 1)] * 4 + [(2, 1)] * 3
-
-
 @pytest.mark.parametrize("rng", ["torch", "philox"])
 def test_steered_rows_never_write_an_image_token(rng: Any) -> None:
     tiny = model_of("llava")

@@ -16,23 +16,26 @@ from safecode_mllm.decoding.families import (
     forward,
     has_encoder,
     image_layers,
-    prefill,
     prompt_positions,
 )
+from safecode_mllm.decoding.families import prefill as forward_prompt
+from safecode_mllm.decoding.prefill import prefill
+from safecode_mllm.decoding.prefix_store import PrefixStore
+from safecode_mllm.decoding.prompt import Prompt
 from safecode_mllm.errors import UnsupportedModelError
 
 
 class Branches:
     """Rows 0..R-1 see the clean image; while `noised` is given, rows R..2R-1 see the noised one.
 
-    Both branches share ids, mask and positions, so stacking is a plain concatenation of every processor key, and
-    dropping the noised branch is a view.
+    Dropping the noised branch is a view.
 
     Args:
         model: a Hugging Face model of a supported family.
         clean: processor output; `input_ids` and `attention_mask` int64 [B, L], left padded, plus the image keys.
         noised: the same with noised pixels, or None to run the clean branch alone.
         cache: an empty KV cache that the branches own from now on.
+        prefix_store: where the text before the image is kept across generations; None keeps nothing.
 
     Attributes:
         rows: R; num_return_sequences times the requests, after `expand`.
@@ -41,9 +44,19 @@ class Branches:
         next_positions: positions of the next column, int64 [R, 1] or [3, R, 1].
         row_dim: their dimension of rows.
         images: what the text attends to beside the cache; None for most families.
+        prefilled: after the prefill, how that was done and why, in a sentence.
     """
 
-    def __init__(self, model: Any, clean: Mapping[str, Tensor], noised: Mapping[str, Tensor] | None, cache: Any):
+    prefilled = ""
+
+    def __init__(
+        self,
+        model: Any,
+        clean: Mapping[str, Tensor],
+        noised: Mapping[str, Tensor] | None,
+        cache: Any,
+        prefix_store: PrefixStore | None = None,
+    ):
         kv.check_cache(cache)
         self.model = model
         self.decoder = decoder_of(model)
@@ -54,18 +67,15 @@ class Branches:
             )
         self.cache = cache
         self._image_layers = image_layers(self.decoder)
-        self.rows = clean["input_ids"].shape[0]
-        self.copies = 1 if noised is None else 2
-        self._inputs = dict(clean) if noised is None else stack(clean, noised)
+        self._prompt: Prompt | None = Prompt(model, clean, noised)
+        self._store = prefix_store
+        self.rows, self.copies, self.row_dim = len(self._prompt.ids), self._prompt.copies, self._prompt.row_dim
         self.images: ImageStates | None = None
         self._clean = dict(clean) if family_of(model).reads_ahead else {}
-        positions = prompt_positions(model, clean)
-        self._prompt_mask = clean["attention_mask"]
+        self._prompt_mask = self._prompt.mask
         self.mask = torch.cat([self._prompt_mask] * self.copies)
-        self.row_dim = positions.ndim - 2
-        self._positions = torch.cat([positions] * self.copies, self.row_dim)
         # The last column of a left-padded prompt is always text, where all position axes agree.
-        self.next_positions = positions[..., -1:] + 1
+        self.next_positions = self._prompt.positions[..., -1:] + 1
 
     @property
     def has_noised(self) -> bool:
@@ -73,10 +83,10 @@ class Branches:
         return self.copies == 2
 
     def prefill(self) -> tuple[Tensor, Tensor | None]:
-        """Process the prompt of both branches in one pass; returns clean and noised logits [R, V]."""
-        inputs = dict(self._inputs, attention_mask=self.mask, position_ids=self._positions)
-        logits, self.images = prefill(self.model, past_key_values=self.cache, **inputs)
-        self._inputs = {}  # the pixels are not needed again
+        """Process the prompt of both branches, once; returns clean and noised logits [R, V]."""
+        assert self._prompt is not None, "a prompt is prefilled once"
+        logits, self.images, self.prefilled = prefill(self._prompt, self.cache, self._store)
+        self._prompt = None  # the pixels are not needed again
         return self._split(logits)
 
     def step(self, tokens: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -190,7 +200,7 @@ class Branches:
     def _ask_anew(self, suffixes: Sequence[Sequence[int]], hidden: Sequence[int], rows: Sequence[int]) -> Tensor:
         """Ask with a pass of its own, where what lies in the cache has seen what it must not see."""
         inputs = with_suffixes(self._clean, suffixes, hidden, rows)
-        return prefill(self.model, position_ids=prompt_positions(self.model, inputs), **inputs)[0]
+        return forward_prompt(self.model, inputs | {"position_ids": prompt_positions(self.model, inputs)})[0]
 
     def _image_arguments(self, columns: int, visible: Tensor | None) -> dict[str, Tensor]:
         if self.images is None:

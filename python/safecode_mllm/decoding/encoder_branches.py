@@ -11,6 +11,7 @@ from torch import Tensor
 from safecode_mllm.decoding import kv
 from safecode_mllm.decoding.branches import Branches, stack, with_suffixes
 from safecode_mllm.decoding.families import decoder_of, forward, has_encoder, prefill
+from safecode_mllm.decoding.prefix_store import PrefixStore
 from safecode_mllm.decoding.probe import verify_once
 from safecode_mllm.errors import UnsupportedModelError
 
@@ -20,6 +21,8 @@ class EncoderBranches(Branches):
 
     What grows is the decoder's own text. It starts with one start token, so no row is padded.
     """
+
+    prefilled = "branches side by side: an encoder reads image and text together"
 
     def __init__(self, model: Any, clean: Mapping[str, Tensor], noised: Mapping[str, Tensor] | None, cache: Any):
         kv.check_cache(cache)
@@ -37,9 +40,8 @@ class EncoderBranches(Branches):
         caught: list[Tensor] = []
         hook = self.decoder.get_encoder().register_forward_hook(lambda *call: caught.append(call[-1][0]))
         try:
-            logits, _ = prefill(
-                self.model, decoder_input_ids=self._start(len(self.mask)), past_key_values=self.cache, **self._inputs
-            )
+            start = {"decoder_input_ids": self._start(len(self.mask)), "past_key_values": self.cache}
+            logits, _ = prefill(self.model, self._inputs | start)
         finally:
             hook.remove()
         self._states, self._inputs = caught[0], {}
@@ -85,7 +87,7 @@ class EncoderBranches(Branches):
     def ask(self, suffixes: Sequence[Sequence[int]], hidden: Sequence[int], rows: Sequence[int]) -> Tensor:
         """Ask about the clean prompts as `Branches.ask` does, with a pass of its own: what an encoder read is fixed."""
         inputs = with_suffixes(self._clean, suffixes, hidden, rows)
-        return prefill(self.model, decoder_input_ids=self._start(len(rows)), **inputs)[0]
+        return prefill(self.model, inputs | {"decoder_input_ids": self._start(len(rows))})[0]
 
     def _start(self, rows: int) -> Tensor:
         token = start_token(self.decoder)
@@ -102,7 +104,13 @@ def start_token(decoder: Any) -> int:
     return 0
 
 
-def make_branches(model: Any, clean: Mapping[str, Tensor], noised: Mapping[str, Tensor] | None, cache: Any) -> Branches:
+def make_branches(
+    model: Any,
+    clean: Mapping[str, Tensor],
+    noised: Mapping[str, Tensor] | None,
+    cache: Any,
+    prefix_store: PrefixStore | None = None,
+) -> Branches:
     """Return the branches that fit a model; arguments as for `Branches`.
 
     Raises:
@@ -115,15 +123,20 @@ def make_branches(model: Any, clean: Mapping[str, Tensor], noised: Mapping[str, 
             f"inputs hold {', '.join(videos)}: videos are not supported; pass frames as pictures"
         )
     verify_once(model, clean, noised, plain_branches)
-    return plain_branches(model, clean, noised, cache)
+    return plain_branches(model, clean, noised, cache, prefix_store)
 
 
 def plain_branches(
-    model: Any, clean: Mapping[str, Tensor], noised: Mapping[str, Tensor] | None, cache: Any
+    model: Any,
+    clean: Mapping[str, Tensor],
+    noised: Mapping[str, Tensor] | None,
+    cache: Any,
+    prefix_store: PrefixStore | None = None,
 ) -> Branches:
     """Return what `make_branches` does, unverified."""
-    kind = EncoderBranches if has_encoder(decoder_of(model)) else Branches
-    return kind(model, clean, noised, cache)
+    if has_encoder(decoder_of(model)):
+        return EncoderBranches(model, clean, noised, cache)
+    return Branches(model, clean, noised, cache, prefix_store)
 
 
 def prompt_columns(model: Any, clean: Mapping[str, Tensor]) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ class Family:
         image_states: the text attends to image states that travel beside the KV cache.
         reads_ahead: tokens of the prompt see those behind them, so that a prompt cannot be continued as a prompt.
         verified: whether tests of this package compare it with plain decoding; if not, `probe` does so at first use.
+        pixels: what the image inputs are ordered by, so that text before the image can be shared by rows and by packed
+            pairs: "image" (dimension 0 counts images), "patch" (it counts patches; image_grid_thw says whose) or "row"
+            (dimension 1 counts a row's images); None where it has not been shown that sharing changes nothing.
     """
 
     title: str
@@ -37,17 +40,18 @@ class Family:
     image_states: bool = False
     reads_ahead: bool = False
     verified: bool = True
+    pixels: Literal["image", "patch", "row"] | None = None
 
 
 FAMILIES: dict[str, Family] = {
-    "llava": Family("LLaVA 1.5, Pixtral"),
-    "llava_next": Family("LLaVA-NeXT"),
-    "qwen2_vl": Family("Qwen2-VL", multimodal_rope=True),
-    "qwen2_5_vl": Family("Qwen2.5-VL", multimodal_rope=True),
-    "qwen3_vl": Family("Qwen3-VL", multimodal_rope=True),
+    "llava": Family("LLaVA 1.5, Pixtral", pixels="image"),
+    "llava_next": Family("LLaVA-NeXT", pixels="image"),
+    "qwen2_vl": Family("Qwen2-VL", multimodal_rope=True, pixels="patch"),
+    "qwen2_5_vl": Family("Qwen2.5-VL", multimodal_rope=True, pixels="patch"),
+    "qwen3_vl": Family("Qwen3-VL", multimodal_rope=True, pixels="patch"),
     "instructblip": Family("InstructBLIP", decoder="language_model"),
-    "idefics": Family("IDEFICS", image_mask="image_attention_mask", image_states=True),
-    "idefics3": Family("Idefics3"),
+    "idefics": Family("IDEFICS", image_mask="image_attention_mask", image_states=True, pixels="row"),
+    "idefics3": Family("Idefics3", pixels="row"),
     "llava_onevision": Family("LLaVA-OneVision"),
     "qwen3_vl_moe": Family("Qwen3-VL MoE", multimodal_rope=True),
     "blip-2": Family("BLIP-2", decoder="language_model"),
@@ -64,10 +68,9 @@ FAMILIES: dict[str, Family] = {
 _IMAGE_ARGUMENTS = frozenset({"pixel_values", "image_embeds", "image_patches", "flattened_patches"})
 # Configuration fields that hold tokens standing for images or video: never text, so never to be generated.
 _IMAGE_FIELDS = ("image_token_id", "image_token_index")
+_PICTURE_FIELDS = (*_IMAGE_FIELDS, "video_token_id", "video_token_index")
 _PLACEHOLDER_FIELDS = (
-    *_IMAGE_FIELDS,
-    "video_token_id",
-    "video_token_index",
+    *_PICTURE_FIELDS,
     "vision_start_token_id",
     "vision_end_token_id",
 )
@@ -159,6 +162,19 @@ def _token_ids(model: Any, fields: tuple[str, ...]) -> list[int]:
     return sorted(token for token in found if isinstance(token, int) and token >= 0)
 
 
+def text_columns(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return how many columns of each row, padding included, stand before its first image or video: int64 [B].
+
+    Rows without either have none: nothing says where their image is.
+    """
+    ids, family = inputs["input_ids"], family_of(model)
+    if family.image_states and family.image_mask in inputs:
+        pictured = inputs[family.image_mask].bool().any(-1)
+    else:
+        pictured = torch.isin(ids, ids.new_tensor(_token_ids(model, _PICTURE_FIELDS)))
+    return pictured.long().argmax(-1)
+
+
 def prompt_positions(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return explicit position ids of a left-padded prompt.
 
@@ -227,32 +243,57 @@ class ImageStates:
         """Return the same states for a newest column that sees the images of `visible`, int64 [R, 1, I, ..]."""
         return replace(self, visible=visible)
 
+    def unpacked(self) -> ImageStates:
+        """Return the states of rows that held two branches, one behind the other, as rows of one branch each."""
+        images = self.visible.shape[2] // 2
+        states = None if self.states is None else torch.cat([self.states[:, :images], self.states[:, images:]])
+        return replace(self, states=states, visible=torch.cat([self.visible[:, :, images:]] * 2))
+
     def arguments(self, columns: int) -> dict[str, Tensor]:
         """Return the arguments of a forward pass over `columns` new columns that see what the newest one sees."""
         found = {self.mask: self.visible.expand(-1, columns, *self.visible.shape[2:])}
         return found if self.states is None else found | {self.argument: self.states}
 
 
-def prefill(model: Any, **inputs: Any) -> tuple[Tensor, ImageStates | None]:
-    """Run the prompt's forward pass, images included, over an empty KV cache.
+def prefill(
+    model: Any, inputs: Mapping[str, Any], *, cached: int = 0, ends: Sequence[int] = (-1,)
+) -> tuple[Tensor, ImageStates | None]:
+    """Run the prompt's forward pass, images included.
 
     Args:
         model: the Hugging Face model.
         inputs: arguments of its `forward`: processor output, mask, positions, cache.
+        cached: number of positions that the KV cache holds already.
+        ends: columns whose logits are wanted.
 
     Returns:
-        logits [B, V] as `forward` returns them, and the image states that later passes need, or None.
+        logits [E * B, V] as `forward` returns them, first those of all rows at the first end, and the image states that
+        later passes need, or None.
     """
     # A wrapper hands on to its decoder the arguments that it does not name itself.
-    output = _run(model, decoder_of(model), 0, inputs)
+    logits, output = _run(model, decoder_of(model), cached, ends, dict(inputs))
     family = family_of(model)
     if family.image_mask not in inputs:
-        return output.logits[:, -1], None
+        return logits, None
     seen = ImageStates(family.image_mask, inputs[family.image_mask][:, -1:])
     if family.image_states:
-        argument = "perceiver_embeddings" if model.config.use_resampler else "image_encoder_embeddings"
-        seen = replace(seen, argument=argument, states=output.image_hidden_states)
-    return output.logits[:, -1], seen
+        seen = replace(seen, argument=_states_argument(model), states=output.image_hidden_states)
+    return logits, seen
+
+
+def no_images(model: Any, rows: int, columns: int) -> dict[str, Tensor]:
+    """Return the arguments with which a pass over text that sees no image runs without one."""
+    family, config = family_of(model), model.config
+    if not family.image_states:
+        return {}
+    latents = config.perceiver_config.resampler_n_latents if config.use_resampler else 1
+    states = torch.zeros(rows, 1, latents, config.vision_config.embed_dim, device=model.device, dtype=model.dtype)
+    seen = torch.zeros(rows, columns, 1, device=model.device, dtype=torch.long)
+    return {_states_argument(model): states, family.image_mask: seen}
+
+
+def _states_argument(model: Any) -> str:
+    return "perceiver_embeddings" if model.config.use_resampler else "image_encoder_embeddings"
 
 
 def forward(decoder: Any, *, cached: int | Tensor, **inputs: Any) -> Tensor:
@@ -267,10 +308,12 @@ def forward(decoder: Any, *, cached: int | Tensor, **inputs: Any) -> Tensor:
     Returns:
         logits [B, V] of the last position, in the model's dtype: a fresh tensor that the caller may write to.
     """
-    return _run(decoder, decoder, cached, inputs).logits[:, -1]
+    return _run(decoder, decoder, cached, (-1,), inputs)[0]
 
 
-def _run(module: Any, taker: Any, cached: int | Tensor, inputs: dict[str, Any]) -> Any:
+def _run(
+    module: Any, taker: Any, cached: int | Tensor, ends: Sequence[int], inputs: dict[str, Any]
+) -> tuple[Tensor, Any]:
     taker_class: Any = type(taker)
     accepted = forward_parameters(taker_class)
     # transformers 4 lists cache_position in every multimodal forward; version 5 removed it.
@@ -279,6 +322,18 @@ def _run(module: Any, taker: Any, cached: int | Tensor, inputs: dict[str, Any]) 
         if not isinstance(cached, Tensor):
             cached = torch.arange(cached, cached + ids.shape[1], device=ids.device)
         inputs["cache_position"] = cached
+    known = FAMILIES.get(_model_type(module.config))
+    last = tuple(ends) == (-1,)
+    wanted: Any = slice(-1, None) if last else list(ends)
     if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = 1
-    return module(use_cache=True, return_dict=True, **inputs)
+        inputs["logits_to_keep"] = 1 if last else torch.tensor(ends, device=inputs["input_ids"].device)
+        output = module(use_cache=True, return_dict=True, **inputs)
+        logits = output.logits
+    elif known is not None and known.pixels is not None:
+        # Classes of transformers 4 that would put every position through the output head, and do no more there.
+        output = module.model(use_cache=True, return_dict=True, **inputs)
+        logits = module.get_output_embeddings()(output.last_hidden_state[:, wanted])
+    else:
+        output = module(use_cache=True, return_dict=True, **inputs)
+        logits = output.logits[:, wanted]
+    return logits.transpose(0, 1).flatten(0, 1), output

@@ -52,6 +52,9 @@ def empty_cache(given: Any) -> tuple[Any, bool]:
     from transformers import DynamicCache, EncoderDecoderCache
 
     if type(given).__name__ == "StaticCache":
+        for layer in given.layers:
+            # transformers 4 compares this before it uses the cache again, and layers that were never used lack it.
+            layer.max_batch_size = getattr(layer, "max_batch_size", 0)
         return DynamicCache(), True
     if encoder_decoder_parts(given) is not None:
         return EncoderDecoderCache(DynamicCache(), DynamicCache()), False
@@ -144,6 +147,58 @@ def keep_first_columns(cache: Any, columns: int, image_layers: Collection[int] =
         if index in image_layers or not _is_filled(layer):
             continue
         layer.keys, layer.values = layer.keys[:, :, :columns], layer.values[:, :, :columns]
+
+
+def unpack_pairs(cache: Any, shared: int, length: int) -> None:
+    """Cut rows [shared][clean][noised] into rows [shared][clean], and below them rows [shared][noised] (a copy).
+
+    Args:
+        cache: a DynamicCache of R rows of length + (length - shared) columns.
+        shared: columns of both.
+        length: columns of one branch.
+    """
+
+    def unpacked(states: Tensor) -> Tensor:
+        rows = states.shape[0]
+        cut = states.new_empty(2 * rows, states.shape[1], length, states.shape[3])
+        cut[:rows] = states[:, :, :length]
+        cut[rows:, :, :shared] = states[:, :, :shared]
+        cut[rows:, :, shared:] = states[:, :, length:]
+        return cut
+
+    for layer in _filled_layers(cache):
+        layer.keys, layer.values = unpacked(layer.keys), unpacked(layer.values)
+
+
+def first_columns(cache: Any, row: int, columns: int) -> list[tuple[Tensor, Tensor]]:
+    """Return a copy of the first columns of one row: for each layer keys and values [1, H, columns, D]."""
+    return [
+        (layer.keys[row : row + 1, :, :columns].clone(), layer.values[row : row + 1, :, :columns].clone())
+        for layer in cache.layers
+    ]
+
+
+def fill(
+    cache: Any, rows: Sequence[Sequence[tuple[Tensor, Tensor]]], padding: Sequence[int], columns: int, copies: int
+) -> None:
+    """Write the first columns of an empty cache.
+
+    Args:
+        cache: a DynamicCache.
+        rows: for each row and layer the keys and values [1, H, c, D] of its text, c >= columns - padding.
+        padding: for each row how many columns of padding stand before that.
+        columns: how many columns to write.
+        copies: how often to write all rows, one below the other.
+    """
+    for index, layer in enumerate(zip(*rows, strict=True)):
+        written = []
+        for states in zip(*layer, strict=True):
+            row = states[0]
+            batch = row.new_zeros(len(states), row.shape[1], columns, row.shape[3])
+            for target, source, start in zip(batch, states, padding, strict=True):
+                target[:, start:] = source[0, :, : max(0, columns - start)]
+            written.append(torch.cat([batch] * copies))
+        cache.update(*written, index)
 
 
 def select_rows(cache: Any, index: Tensor) -> None:

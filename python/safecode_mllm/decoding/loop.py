@@ -24,6 +24,7 @@ from safecode_mllm.decoding.families import decoder_of
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.host_loop import HostLoop
 from safecode_mllm.decoding.picker import Rng, TokenPicker
+from safecode_mllm.decoding.prefix_store import PrefixStore
 from safecode_mllm.decoding.processors import ProcessorSplit, split_processors
 from safecode_mllm.decoding.record import GenerationReport
 from safecode_mllm.decoding.run import Run, make_draws
@@ -59,6 +60,7 @@ class SteeredGeneration:
         backend: decode-step back end, by name or "auto".
         pool: keeps buffers and captured steps for later generations of the same shape, with
             cache_implementation="static".
+        prefix_store: where the text before the image is kept across generations; None keeps nothing.
     """
 
     clean: Mapping[str, Tensor]
@@ -75,6 +77,7 @@ class SteeredGeneration:
     force_branches: bool = False
     backend: str = "auto"
     pool: StepPool | None = None
+    prefix_store: PrefixStore | None = None
     report: GenerationReport = field(default_factory=GenerationReport)
     _whole_model: Any = field(default=None, init=False, repr=False)
 
@@ -110,8 +113,9 @@ class SteeredGeneration:
         model = model if self._whole_model is None else self._whole_model
         started = time.perf_counter()
         cache, fixed = kv.empty_cache(model_kwargs["past_key_values"])
-        branches = make_branches(model, self.clean, self._noised_if_needed(), cache)
+        branches = make_branches(model, self.clean, self._noised_if_needed(), cache, self.prefix_store)
         clean, noised = branches.prefill()
+        self.report.notes["prefill"] = branches.prefilled
         started = self.report.timed("prefill", started)
         times = input_ids.shape[0] // branches.rows
         failed = self._ask_for_verdicts(branches, times)
