@@ -76,7 +76,7 @@ WARPS = {
 }
 # Registers that a thread may have, where the assembler's own choice is worse: a scan needs two programs per SM, so that
 # one reads while the other thinks; the others it would let spill to make room for a second, which few rows have.
-MAX_REGISTERS = {"scan_slices": 128, "finish_rows": 255, "rest_rows": 255}
+MAX_REGISTERS = {"scan_slices": 128, "finish_rows": 255, "rest_rows": 255, "race_slices": 255}
 
 
 def options_of(kernel_name: str) -> dict[str, int | bool]:
