@@ -13,7 +13,7 @@ from safecode_mllm.decoding import step_pool
 from safecode_mllm.decoding.graphs import GraphRunner
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.loop import SteeredGeneration
-from safecode_mllm.decoding.step_pool import StepPool, weights_key
+from safecode_mllm.decoding.step_pool import StepPool
 from safecode_mllm.judges.protocol import Verdict
 from tiny_models import FAMILY_NAMES, TinyModel, noised_copy, tiny_model
 from tiny_refusal import TinyTrie
@@ -119,8 +119,7 @@ def test_the_pool_is_bounded() -> None:
         loop = SteeredGeneration(clean, noised_copy(clean), guidance, pool=pool)
         loop.generate(tiny.model, max_new_tokens=2, cache_implementation="static")
         assert len(pool) <= 2
-    mine = weights_key(tiny.model)
-    assert [key[:1] for key in pool._idle] == [(mine,), (mine,)]  # type: ignore[index]
+    assert len({key[:1] for key in pool._idle}) == 1  # type: ignore[index]
     pool.clear()
     assert len(pool) == 0
 
@@ -145,8 +144,3 @@ def test_an_object_keeps_its_pool_and_streams_use_it(captured: list[GraphRunner]
     assert stream.result.token_ids == results[0]
     assert len(captured) == 1 and len(sc._answerer.pool) == 1
     sc._answerer.pool.clear()
-
-
-def test_the_key_of_the_weights_is_stable() -> None:
-    model = tiny_model("qwen2_vl").model
-    assert weights_key(model) == weights_key(model)

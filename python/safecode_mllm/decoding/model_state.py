@@ -15,18 +15,31 @@ _ADAPTER_SETTINGS = ("active_adapter", "disable_adapters", "merged_adapters", "s
 def model_state(model: Any) -> Hashable | None:
     """Return a value that stays equal while a model's weights, adapters, hooks and modes are the same.
 
-    It holds address, version, dtype, device and shape of every parameter and buffer, the settings of every adapter, and
-    which hooks there are. Data written through `.data`, or a new tensor where the last one was, leave all of these, so
-    one value of each tensor is in it too. What escapes: a `.data` write that keeps the first value of every tensor, and
-    a hook that begins to do something else.
+    It holds what `model_bindings` does. Data written through `.data`, or a new tensor where the last one was, leave all
+    of that, so one value of each tensor is in it too. What escapes: a `.data` write that keeps the first value of every
+    tensor, and a hook that begins to do something else.
 
     Weights on the meta device, or made in inference mode, have no version: None.
     """
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    bindings = model_bindings(model)
+    return None if bindings is None else (bindings, _first_values(_tensors(model)))
+
+
+def model_bindings(model: Any) -> Hashable | None:
+    """Return a value that stays equal while a captured step would read what the model's next pass reads.
+
+    It holds address, version, dtype, device and shape of every parameter and buffer, the settings of every adapter,
+    which hooks there are, and modes. None as for `model_state`. The device is not waited for.
+    """
+    tensors = _tensors(model)
     if any(tensor.is_inference() or tensor.device.type == "meta" for tensor in tensors):
         return None
     places = tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape) for t in tensors)
-    return places, _first_values(tensors), _adapters(model), _hooks(model), _modes(model)
+    return places, _adapters(model), _hooks(model), _modes(model)
+
+
+def _tensors(model: Any) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def _hooks(model: Any) -> tuple[int, ...]:
@@ -47,7 +60,8 @@ def _is_of_transformers(function: Any) -> bool:
 def _modes(model: Any) -> Hashable:
     device = model.device.type
     cast_to = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return getattr(model.config, "_attn_implementation", None), model.training, cast_to
+    precision = torch.get_float32_matmul_precision()
+    return getattr(model.config, "_attn_implementation", None), model.training, cast_to, precision
 
 
 @torch.no_grad()

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from itertools import chain
 from threading import Lock
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.device_steps import DeviceSteps, StepPlan
 from safecode_mllm.decoding.graphs import StepRunner, make_runner
 from safecode_mllm.decoding.guidance import Guidance
+from safecode_mllm.decoding.model_state import model_bindings
 from safecode_mllm.decoding.picker import TokenPicker
 from safecode_mllm.decoding.static import StaticBranches, static_length
 
@@ -78,7 +77,9 @@ class StepPool:
             branches: after `prefill` and `expand`; may not be used any more.
             columns: columns that prompt and answer have at most.
         """
-        weights = weights_key(model)
+        bindings = model_bindings(model)
+        # Weights whose changes cannot be noticed: what is made for them now is never found again.
+        weights = object() if bindings is None else (id(model), bindings)
         key = (weights, *_shape_key(branches, columns))
         with self._lock:
             if weights != self._weights:
@@ -104,36 +105,6 @@ class StepPool:
 
     def __len__(self) -> int:
         return len(self._idle)
-
-
-def weights_key(model: Any) -> Hashable:
-    """Return what a captured step depends on beside its buffers: weights, adapters, hooks and modes of a model.
-
-    Returns:
-        a value that changes with the address or version of any parameter or buffer. Tensors made in inference mode have
-        no version; a model with such ones gets a new value each time.
-    """
-    tensors = chain(model.parameters(), model.buffers())
-    return (
-        id(model),
-        str(model.device),
-        model.dtype,
-        getattr(model.config, "_attn_implementation", None),
-        torch.get_float32_matmul_precision(),
-        torch.is_autocast_enabled(model.device.type),
-        tuple((tensor.data_ptr(), _version(tensor)) for tensor in tensors),
-        tuple(_module_key(module) for module in model.modules()),
-    )
-
-
-def _version(tensor: Tensor) -> Hashable:
-    return object() if tensor.is_inference() else tensor._version
-
-
-def _module_key(module: Any) -> Hashable:
-    adapters = (getattr(module, name, None) for name in ("active_adapter", "disable_adapters", "merged_adapters"))
-    hooks = (*module._forward_pre_hooks, *module._forward_hooks)
-    return (id(module), module.training, hooks, *map(str, adapters))
 
 
 def _shape_key(branches: Branches, columns: int) -> tuple[Hashable, ...]:
