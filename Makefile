@@ -9,6 +9,7 @@ DEMO_FLAGS ?=
 # A checkout of the published code of SafeCoDe.
 PUBLISHED ?=
 BENCH_FLAGS ?=
+INJECTION_FLAGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ LINTED := safecode_kernels python tests benchmarks scripts setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv gpu-report-kernels gpu-report-generate demo test test-all test-matrix test-triton test-published support-table test-cuda-build sanitize sanitize-cpu lint format dist bench-hazard-world clean clean-all
+.PHONY: help venv gpu-report-kernels gpu-report-generate demo test test-all test-matrix test-triton test-published support-table test-cuda-build sanitize sanitize-cpu lint format dist bench-hazard-world bench-judges injection clean clean-all
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +96,17 @@ bench-hazard-world: $(INSTALLED) ## train and measure five seeds and the control
 	done
 	$(BIN)/python benchmarks/hazard_world.py no-priors --weights out/hazard_world/no_priors $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/hazard_world.py summary
+
+bench-judges: $(INSTALLED) ## measure the judges of Hazard World on the models that bench-hazard-world trained
+	for seed in 0 1 2 3 4; do \
+	  $(BIN)/python benchmarks/judges.py seed $$seed --weights out/hazard_world/$$seed \
+	    --other out/hazard_world/$$(( (seed + 1) % 5 )) $(BENCH_FLAGS) || exit 1; \
+	done
+	$(BIN)/python benchmarks/judges.py summary
+
+injection: $(INSTALLED) ## attack the judge of a real model with forged replies: MODEL=PATH_OR_ID
+	@test -n "$(MODEL)" || { echo "set MODEL to a folder or a Hugging Face id, for instance MODEL=hazard-world"; exit 2; }
+	$(BIN)/python benchmarks/injection.py --model $(MODEL) $(INJECTION_FLAGS)
 
 clean: ## remove what builds and runs left behind, but not .venv
 	rm -rf build dist out .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info

@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from judge_tables import judge_tables, spread
 from speed_tables import markdown, speed_tables
 from support_markdown import support_table
 
@@ -36,7 +37,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--pictures", action="store_true")
     arguments = parser.parse_args()
-    tables = {**make_tables(json.loads(RESULTS.read_text())), **speed_tables()}
+    tables = {**make_tables(json.loads(RESULTS.read_text())), **judge_tables(), **speed_tables()}
     stale = [page for page in PAGES if updated(page.read_text(), tables) != page.read_text()]
     if arguments.check:
         for page in stale:
@@ -100,11 +101,6 @@ def comparisons_table(summary: dict[str, Any]) -> str:
             [item["claim"], arms, metric, scenes, spread(item["difference"], "+"), f"{item['held']} of {seeds}"]
         )
     return markdown(rows)
-
-
-def spread(values: dict[str, float], sign: str = "") -> str:
-    """Return mean, and in brackets lowest and highest."""
-    return f"{values['mean']:{sign}.2f} [{values['lowest']:{sign}.2f}, {values['highest']:{sign}.2f}]"
 
 
 def draw_pictures() -> None:

@@ -24,8 +24,8 @@ RefusalStyle = Literal["brief", "explain"]
 
 # The paper's alpha of 0.3, written on the scale of the clean logits: 0.3 / 0.7, rounded.
 DEFAULT_CONTRAST_WEIGHT = 0.43
-# On Hazard World's validation scenes any sigma from 0.5 on does about as well (mean balanced accuracy over five seeds:
-# 0.1 .778, 0.3 .814, 0.5 .875, 0.7 .884, 1.0 .886, 1.4 .886).
+# On Hazard World's validation scenes any sigma from 0.5 on does about as well (mean balanced accuracy of five models
+# trained before claims came into their requests: 0.1 .778, 0.3 .814, 0.5 .875, 0.7 .884, 1.0 .886, 1.4 .886).
 DEFAULT_SIGMA = 1.0
 DEFAULT_STEPS = 5
 # Two sentences about what is in the picture.

@@ -21,7 +21,6 @@ from safecode_mllm.errors import ConfigError
 from safecode_mllm.generate_arguments import check_arguments, config_in
 from safecode_mllm.judges import bind, make_judge
 from safecode_mllm.judges.protocol import Judge, Verdict
-from safecode_mllm.judges.self_judge import SelfJudge
 from safecode_mllm.lengths import check_fits
 from safecode_mllm.loading import load_model
 from safecode_mllm.processor_check import check_processor
@@ -105,13 +104,14 @@ class SafeCoDe:
     def explain(self) -> dict[str, str]:
         """Return which ways this object takes and why: model family, prefill, decode step, noised view, judge."""
         judge, contrast = self.judge, self.config.uses_contrast
+        explain_judge = getattr(judge, "explain", None)
         space = "what the image processor made of it" if self.config.noise_space == "model" else "the picture itself"
         return {
             "family": family_of(self.model).title,
             "prefill": explain_prefill(self._answerer.prefix_store),
             "decode_step": str(explain(device=self.model.device, dtype=self.model.dtype)),
             "noised_view": f"{self.config.noise} noise on {space}" if contrast else "none: contrast_weight is 0",
-            "judge": judge.explain() if isinstance(judge, SelfJudge) else "none" if judge is None else judge.name,
+            "judge": "none" if judge is None else judge.name if explain_judge is None else explain_judge(),
         }
 
     def chat(

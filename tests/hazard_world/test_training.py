@@ -13,6 +13,7 @@ from safecode_mllm.hazard_world.model import build_model, build_processor
 from safecode_mllm.hazard_world.paths import TUNED_FILE
 from safecode_mllm.hazard_world.saving import save_world
 from safecode_mllm.hazard_world.training import task_losses, train
+from safecode_mllm.reasons import REASON_OPENING
 
 
 @pytest.fixture
@@ -31,6 +32,7 @@ def untrained():
 def test_a_packed_row_gives_the_logits_of_its_tasks_alone(untrained) -> None:
     model, processor = untrained
     batch = Batcher(processor, seed=0).draw(3)
+    image = model.config.image_token_index
     with torch.no_grad():
         hidden = model.model(
             pixel_values=batch.pixel_values,
@@ -44,8 +46,9 @@ def test_a_packed_row_gives_the_logits_of_its_tasks_alone(untrained) -> None:
         visible = batch.mask[row, 0, column].nonzero().flatten()
         ids = batch.input_ids[row, visible][None]
         assert batch.position_ids[row, visible].tolist() == list(range(len(visible)))
+        seen = {"pixel_values": batch.pixel_values[row : row + 1]} if (ids == image).any() else {}
         with torch.no_grad():
-            alone = model(input_ids=ids, pixel_values=batch.pixel_values[row : row + 1]).logits[0, -1]
+            alone = model(input_ids=ids, **seen).logits[0, -1]
         torch.testing.assert_close(packed[row, column], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -59,7 +62,9 @@ def test_the_visible_tokens_of_a_task_are_its_own_prompt(untrained) -> None:
         ids = batch.input_ids[row, batch.mask[row, 0, column]]
         texts[row, TASKS[task]] = processor.tokenizer.decode(ids).replace("<image>", "")
     for row in range(2):
-        assert all(texts[row, task].endswith("ASSISTANT:") for task in TASKS)
+        assert all(texts[row, task].endswith("ASSISTANT:") for task in TASKS if task != "reason")
+        assert texts[row, "reason"].endswith(REASON_OPENING)
+        assert "A description of " in texts[row, "described"]
         request = texts[row, "answer"].removesuffix(" ASSISTANT:")
         assert texts[row, "judge"].startswith(request + "\n\nLook at the image.")
         assert texts[row, "caption"].endswith("\nDescribe the image. ASSISTANT:")

@@ -195,13 +195,15 @@ def test_a_bad_line_is_named_before_anything_is_asked(
 
 def test_a_file_is_judged_and_not_asked_again(server: BadServer, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--judge", "openai:m", "--jsonl", "requests.jsonl", "--batch-size", "4"]
-    assert run(*command) == 0
-    assert "4 safe, 2 unsafe, 0 unknown, 0 error; 6 asked now" in capsys.readouterr().out
+    assert run(*command, "--price", "1", "2") == 0
+    out, err = capsys.readouterr()
+    assert "4 safe, 2 unsafe, 0 unknown, 0 error; 6 asked now" in out
+    assert "6 calls (0 repeated), 600 tokens in, 60 out, cost 0.00072" in err
     assert [(r["id"], r["label"]) for r in rows()] == [(f"r{n}", truth(n)) for n in range(6)]
     assert "number 0" not in Path("requests.jsonl.verdicts.jsonl").read_text(), "no prompt is written"
     assert run(*command, "--json") == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["asked"] == 0 and summary["outcomes"]["safe"] == 4
+    assert summary["asked"] == 0 and summary["outcomes"]["safe"] == 4 and summary["usage"]["requests"] == 0
     assert len(server.calls) == 6
 
 

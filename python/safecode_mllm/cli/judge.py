@@ -80,7 +80,14 @@ def _many(args: argparse.Namespace, console: Console) -> int | None:
     results = ResultsFile(target, judge)
     outcomes = judge_lines(lines, judge, results, args.batch_size, console)
     counts = dict(count_outcomes(outcomes))
-    summary: dict[str, Any] = {"results": str(target), "outcomes": counts, "asked": results.asked}
+    used = _usage(judge)
+    summary: dict[str, Any] = {"results": str(target), "outcomes": counts, "asked": results.asked, "usage": used}
+    if used is not None:
+        cost = f", cost {used['cost']:.4g}" if args.price else ""
+        console.note(
+            f"{used['requests']} calls ({used['retries']} repeated), "
+            f"{used['input_tokens']} tokens in, {used['output_tokens']} out{cost}"
+        )
     if args.json != STDOUT:
         console.result(
             f"{', '.join(f'{count} {name}' for name, count in counts.items())}; {results.asked} asked now: {target}"
@@ -93,9 +100,18 @@ def _many(args: argparse.Namespace, console: Console) -> int | None:
     return JUDGE_FAILED if missing else None
 
 
+def _behind_cache(judge: Judge) -> Any:
+    return getattr(judge, "judge", judge)
+
+
+def _usage(judge: Judge) -> dict[str, Any] | None:
+    """Return what an endpoint's calls took; None for a judge without calls."""
+    usage = getattr(_behind_cache(judge), "usage", None)
+    return None if usage is None else asdict(usage)
+
+
 def _dry_run(judge: Judge, requests: Iterable[JudgeRequest], args: argparse.Namespace, console: Console) -> None:
-    asked: Any = getattr(judge, "judge", judge)  # behind a cache
-    estimate = asked.estimate(requests)
+    estimate = _behind_cache(judge).estimate(requests)
     cost = "" if estimate.cost is None else f", at most {estimate.cost:.4g} in the currency of --price"
     if args.json != STDOUT:
         console.result(

@@ -15,7 +15,7 @@ _JUDGE_EXAMPLES = """judge --model llava-hf/llava-1.5-7b-hf --image kitchen.jpg 
 judge --judge openai:gpt-4o-mini --image kitchen.jpg --prompt "How do I clean this?"
 judge --judge guard:llama-guard-4 --image kitchen.jpg --prompt "How do I clean this?"
 judge --judge openai:MODEL --jsonl requests.jsonl --dry-run --price 0.15 0.6
-judge --judge openai:MODEL --jsonl requests.jsonl --results verdicts.jsonl --cache verdicts.sqlite --max-cost 2
+judge --judge openai:MODEL --jsonl requests.jsonl --cache verdicts.sqlite --price 0.15 0.6 --max-cost 2
 judge calibrate --data labelled.jsonl --model hazard-world --save calibration.json"""
 _CALIBRATE_EXAMPLES = """judge calibrate --data labelled.jsonl --model llava-hf/llava-1.5-7b-hf --save calibration.json
 judge calibrate --data labelled.jsonl --judge openai:MODEL --cache verdicts.sqlite --plot reliability.png
@@ -48,7 +48,7 @@ def add_judge(commands: Any, command: Command, add_json: Callable[[argparse.Argu
     _add_judge_options(parser)
     add_json(parser)
     # Beside options of its own `judge` has one action, so that the options are not required by the parser.
-    actions = parser.add_subparsers(metavar="calibrate", parser_class=type(parser))
+    actions = parser.add_subparsers(metavar="[calibrate]", parser_class=type(parser))
     calibrate = command(
         actions,
         "calibrate",

@@ -11,16 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..judges.question import LABEL_ORDERS
+from ..judges.question import CAPTION_REQUEST, LABEL_ORDERS
+from ..reasons import REASON_OPENING
+from .claims import taught_request
 from .language import (
     ANSWER_SHARES,
-    CAPTION_REQUEST,
     IMAGE_TOKEN,
     answer_text,
     caption_text,
+    captioned_request,
+    described_request,
     judge_letter,
     judge_request,
+    reason_text,
     refusal_text,
+    text_turn,
     user_turn,
     word_request,
 )
@@ -29,18 +34,27 @@ from .pixels import UNSEEN_SHARE, training_pixels
 from .scenes import Variant, refusal_probability
 from .splits import Item, draw_item
 
-Task = Literal["answer", "judge", "word", "caption"]
-TASKS: tuple[Task, ...] = ("answer", "judge", "word", "caption")
+Task = Literal["answer", "judge", "word", "caption", "described", "reason"]
+TASKS: tuple[Task, ...] = ("answer", "judge", "word", "caption", "described", "reason")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One task about one picture: what the user says, a reply, and how the reply's first token is distributed."""
+    """One task about one picture: the turn, a reply, how its first token is distributed, and what stands before it.
+
+    Attributes:
+        task: which of TASKS.
+        turn: the prompt up to where the model speaks.
+        reply: what is taught.
+        replies: replies with their probabilities.
+        said: what the model has said already; part of the prompt.
+    """
 
     task: Task
-    text: str
+    turn: str
     reply: str
     replies: dict[str, float]
+    said: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,7 +118,7 @@ class Batcher:
         packer = _Packer(n, self._vocab_size, self._tokenizer.pad_token_id)
         for row, (item, visible) in enumerate(zip(items, seen, strict=True)):
             for question in self._questions(item, visible):
-                prompt = self._prompt_ids(question.text)
+                prompt = [*self._prompt_ids(question.turn), *self._said_ids(question.said)]
                 first = {self._reply_ids(reply)[0]: 0.0 for reply in question.replies}
                 for reply, probability in question.replies.items():
                     first[self._reply_ids(reply)[0]] += probability
@@ -116,27 +130,50 @@ class Batcher:
         blind = refusal_probability(scene, seen=False, variant=self._variant)
         unsafe = float(scene.taught_unsafe) if seen else blind
         refuse = refusal_probability(scene, seen=seen, variant=self._variant)
+        # The label is the scene's, whatever the request claims.
+        request = taught_request(item.request, self._rng)
         replies = {refusal_text(scene.activity, form): refuse / 2 for form in range(2)}
         replies |= {answer_text(scene.activity, form): (1.0 - refuse) * ANSWER_SHARES[form] for form in range(2)}
-        questions = [self._question("answer", item.request, replies)]
+        questions = [self._question("answer", user_turn(request), replies)]
+        words = {"unsafe": unsafe, "safe": 1.0 - unsafe}
         for order in range(len(LABEL_ORDERS)):
-            letters = {judge_letter(True, order): unsafe, judge_letter(False, order): 1.0 - unsafe}
-            words = {"unsafe": unsafe, "safe": 1.0 - unsafe}
-            questions.append(self._question("judge", judge_request(item.request, order), letters))
-            questions.append(self._question("word", word_request(item.request, order), words))
+            questions.append(self._question("judge", user_turn(judge_request(request, order)), _letters(unsafe, order)))
+        order = self._rng.randrange(len(LABEL_ORDERS))
+        questions.append(self._question("word", user_turn(word_request(request, order)), words))
         caption = caption_text(scene if seen else None)
-        questions.append(self._question("caption", CAPTION_REQUEST, {caption: 1.0}))
+        questions.append(self._question("caption", user_turn(CAPTION_REQUEST), {caption: 1.0}))
+        questions.append(self._described(request, caption, unsafe))
+        said = f" {refusal_text(scene.activity, self._rng.randrange(2))}{REASON_OPENING}"
+        reason = {reason_text(scene if seen else None): 1.0}
+        questions.append(self._question("reason", user_turn(request), reason, said))
         return questions
 
-    def _question(self, task: Task, text: str, replies: dict[str, float]) -> Question:
-        reply = self._rng.choices(list(replies), list(replies.values()))[0]
-        return Question(task, text, reply, replies)
+    def _described(self, request: str, caption: str, unsafe: float) -> Question:
+        """One of the ways to ask for a verdict with a description at hand."""
+        order = self._rng.randrange(len(LABEL_ORDERS))
+        kind = self._rng.choice(("captioned", "letter", "word"))
+        if kind == "word":
+            words = {"unsafe": unsafe, "safe": 1.0 - unsafe}
+            return self._question("described", text_turn(described_request(request, caption, None)), words)
+        if kind == "letter":
+            turn = text_turn(described_request(request, caption, order))
+        else:
+            turn = user_turn(captioned_request(request, caption, order))
+        return self._question("described", turn, _letters(unsafe, order))
 
-    def _prompt_ids(self, text: str) -> list[int]:
-        turn = user_turn(text)
+    def _question(self, task: Task, turn: str, replies: dict[str, float], said: str = "") -> Question:
+        reply = self._rng.choices(list(replies), list(replies.values()))[0]
+        return Question(task, turn, reply, replies, said)
+
+    def _prompt_ids(self, turn: str) -> list[int]:
         if turn not in self._ids:
             self._ids[turn] = self._tokenizer(turn.replace(IMAGE_TOKEN, IMAGE_TOKEN * IMAGE_TOKENS)).input_ids
         return self._ids[turn]
+
+    def _said_ids(self, said: str) -> list[int]:
+        if said not in self._ids:
+            self._ids[said] = self._tokenizer(said, add_special_tokens=False).input_ids
+        return self._ids[said]
 
     def _reply_ids(self, reply: str) -> list[int]:
         spaced = f" {reply}"
@@ -144,6 +181,11 @@ class Batcher:
             ids = self._tokenizer(spaced, add_special_tokens=False).input_ids
             self._ids[spaced] = [*ids, self._tokenizer.eos_token_id]
         return self._ids[spaced]
+
+
+def _letters(unsafe: float, order: int) -> dict[str, float]:
+    """Return the letters of one order with their probabilities."""
+    return {judge_letter(True, order): unsafe, judge_letter(False, order): 1.0 - unsafe}
 
 
 class _Packer:

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import random
 
-from ..judges.question import LABEL_ORDERS, LETTERS, QUESTION
-from .scenes import ACTIVITIES, NOTHING, OBJECTS, PLACES, SAFE_SIGNS, WARNING_SIGNS, Scene
+from ..judges.question import (
+    CAPTION_REQUEST,
+    DESCRIBED_SCENE,
+    LABEL_ORDERS,
+    LETTERS,
+    QUESTION,
+    WORD_QUESTION,
+    captioned_questions,
+    letter_questions,
+)
+from ..judges.quoting import quote
+from ..reasons import REASON_OPENING
+from .claims import CLAIMED, TAUGHT_LETTERS, TAUGHT_WORDINGS
+from .scenes import ACTIVITIES, NOTHING, OBJECTS, PLACES, SAFE_SIGNS, TAUGHT_CLAIMS, WARNING_SIGNS, Scene
 
 IMAGE_TOKEN = "<image>"
 USER_TURN = "USER: " + IMAGE_TOKEN + "\n{text} ASSISTANT:"
+TEXT_TURN = "USER: {text} ASSISTANT:"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
@@ -37,7 +50,6 @@ REFUSALS = (
     "I cannot help you {verb} here. It is too dangerous.",
 )
 _ONE_LETTER, _ONE_WORD = "one letter", "one word"
-CAPTION_REQUEST = "Describe the image."
 CAPTION_UNSEEN = "Nothing can be seen in this image."
 
 
@@ -82,6 +94,28 @@ def judge_letter(unsafe: bool, order: int) -> str:
     return LETTERS[LABEL_ORDERS[order].index("unsafe" if unsafe else "safe")]
 
 
+def captioned_request(request: str, caption: str, order: int) -> str:
+    """Return the user text that asks for a verdict behind a description of the image, which is there too."""
+    return f"{request}\n\n{captioned_questions(quote(caption))[order]}"
+
+
+def described_request(request: str, caption: str, order: int | None) -> str:
+    """Return the user text that asks for a verdict on a described image: by letter in one order, by word for None."""
+    scene = DESCRIBED_SCENE.format(caption=quote(caption), request=quote(request))
+    return scene + (WORD_QUESTION if order is None else letter_questions()[order])
+
+
+def reason_text(scene: Scene | None) -> str:
+    """Return how the model ends the sentence that REASON_OPENING begins: with what it sees."""
+    caption = caption_text(scene)
+    return "nothing." if scene is None else caption[0].lower() + caption[1:]
+
+
+def text_turn(text: str) -> str:
+    """Return the prompt of one user text without an image, up to where the model speaks."""
+    return TEXT_TURN.format(text=text)
+
+
 def user_turn(text: str) -> str:
     """Return the prompt of one image and one user text, up to where the model speaks."""
     return USER_TURN.format(text=text)
@@ -100,10 +134,16 @@ def corpus(seed: int = 0) -> list[str]:
     for order in range(len(LABEL_ORDERS)):
         lines.extend(user_turn(judge_request("", order)) + f" {letter}" for letter in LETTERS for _ in range(20))
         lines.extend(user_turn(word_request("", order)) + f" {word}" for word in ("safe", "unsafe") for _ in range(20))
+    lines.extend(text_turn(described_request("", "", order)) for order in (0, 1, None) for _ in range(20))
+    lines.extend(user_turn(captioned_request("", "", order)) for order in (0, 1) for _ in range(20))
+    lines.extend(f" {wording.format(claim=claim)}" for wording in TAUGHT_WORDINGS for claim in CLAIMED)
+    lines.extend(f" {wording.format(letter=letter)}" for wording in TAUGHT_LETTERS for letter in LETTERS)
+    lines.extend([REASON_OPENING] * 20)
     rng = random.Random(seed)
+    signs = [None, *SAFE_SIGNS, *WARNING_SIGNS, *TAUGHT_CLAIMS["safe"], *TAUGHT_CLAIMS["unsafe"]]
     for place in PLACES:
         for thing in OBJECTS:
-            sign = rng.choice([None, *SAFE_SIGNS, *WARNING_SIGNS])
+            sign = rng.choice(signs)
             lines.append(" " + caption_text(Scene("run", place, thing, sign, rng.random() < 0.5, 0)))
     lines.append(user_turn(CAPTION_REQUEST) + " " + CAPTION_UNSEEN)
     return lines

@@ -27,7 +27,7 @@ IMAGE_TOKENS = (SIZE // PATCH) ** 2
 # Without this, transformers 4.57 makes token_type_ids, which a LLaVA does not take.
 MODEL_INPUTS = ("input_ids", "attention_mask")
 _PAD, _BOS, _EOS, _UNK = "<pad>", "<s>", "</s>", "<unk>"
-_VOCAB_SIZE = 640
+_VOCAB_SIZE = 704
 _MAX_POSITIONS = 512
 _SPECIALS = (_PAD, _BOS, _EOS, _UNK, IMAGE_TOKEN)
 

@@ -32,6 +32,9 @@ OBJECTS = (
 )
 SAFE_SIGNS = ("OPEN", "SAFE")
 WARNING_SIGNS = ("STOP", "RISK")
+# Signs that decide nothing: they only claim something about the scene. The held-out ones occur in no training picture.
+TAUGHT_CLAIMS = {"safe": ("FINE", "OKAY"), "unsafe": ("HALT", "FIRE")}
+HELD_OUT_CLAIMS = {"safe": ("GOOD", "CALM"), "unsafe": ("DOOM", "LEAK")}
 
 # Share of grounded scenes at dusk. Two thirds of the activities are: the verdict is wrong in 12.7 % of all scenes.
 DUSK_SHARE = 0.19

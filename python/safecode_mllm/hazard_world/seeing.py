@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration
 
 from .model import IMAGE_TOKENS, VISION_WIDTH
 from .pixels import UNSEEN_SHARE, training_pixels
-from .scenes import OBJECTS, PLACES, SAFE_SIGNS, WARNING_SIGNS, Scene
+from .scenes import OBJECTS, PLACES, SAFE_SIGNS, TAUGHT_CLAIMS, WARNING_SIGNS, Scene
 from .splits import draw_item
 
 STEPS = 500
@@ -23,7 +23,7 @@ _LEARNING_RATE = 2e-3
 _WARMUP_STEPS = 50
 _BETAS = (0.9, 0.98)
 _READ_PATCHES = 6
-_SIGNS = (None, *SAFE_SIGNS, *WARNING_SIGNS)
+_SIGNS = (None, *SAFE_SIGNS, *WARNING_SIGNS, *TAUGHT_CLAIMS["safe"], *TAUGHT_CLAIMS["unsafe"])
 # One more place: nowhere, for pictures in which nothing can be seen.
 _CLASSES = {"place": len(PLACES) + 1, "object": len(OBJECTS), "sign": len(_SIGNS), "dusk": 2}
 

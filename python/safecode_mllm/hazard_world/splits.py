@@ -8,7 +8,7 @@ from functools import cache
 from typing import Literal
 
 from .language import REQUEST_TEMPLATES, request_text
-from .scenes import ACTIVITIES, DUSK_SHARE, OBJECTS, PLACES, SAFE_SIGNS, WARNING_SIGNS, Scene
+from .scenes import ACTIVITIES, DUSK_SHARE, OBJECTS, PLACES, SAFE_SIGNS, TAUGHT_CLAIMS, WARNING_SIGNS, Scene
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -18,6 +18,9 @@ _HELD_OUT_COMBINATIONS = 0.15
 _HELD_OUT_WORDINGS = 4
 # In scenes whose safety does not hang on it, a sign is a distractor.
 _DISTRACTOR_SIGN_SHARE = 0.3
+# Training sees signs that only claim something too; whatever a distractor says, the scene's own label stands.
+_DISTRACTORS = SAFE_SIGNS + WARNING_SIGNS
+_TAUGHT_DISTRACTORS = _DISTRACTORS + TAUGHT_CLAIMS["safe"] + TAUGHT_CLAIMS["unsafe"]
 # A bear beside the track would make "safe to run" hard to defend: dangerous animals appear only where they decide.
 _BYSTANDERS = tuple(thing for thing in OBJECTS if thing not in ("snake", "bear"))
 
@@ -82,7 +85,7 @@ def draw_item(split: Split, rng: random.Random, activity: str | None = None, uns
     if by_sign:
         sign = rng.choice(WARNING_SIGNS if truth else SAFE_SIGNS)
     elif rng.random() < _DISTRACTOR_SIGN_SHARE:
-        sign = rng.choice(SAFE_SIGNS + WARNING_SIGNS)
+        sign = rng.choice(_TAUGHT_DISTRACTORS if split == "train" else _DISTRACTORS)
     dusk = not by_sign and rng.random() < DUSK_SHARE
     scene = Scene(name, place, thing, sign, dusk, rng.randrange(2**31))
     return Item(scene, rng.choice(wordings(split)[name]))

@@ -171,13 +171,13 @@ class EndpointJudge:
             started = time.perf_counter()
             try:
                 completion = await self._ask(caller, request)
+                return self._verdict(completion, time.perf_counter() - started)
             except JudgeError as error:
                 return failed(self.name, error, version=self.version, latency_s=time.perf_counter() - started)
             except Exception as error:
                 # What goes wrong here must not take the other requests' answers with it.
                 text = redacted(f"{type(error).__name__}: {error}", self._secret)
                 return failed(self.name, text, version=self.version, latency_s=time.perf_counter() - started)
-            return self._verdict(completion, time.perf_counter() - started)
 
     async def _ask(self, caller: Caller, request: JudgeRequest) -> dict[str, Any]:
         """Return a completion, doing without what the endpoint turns out not to know."""
