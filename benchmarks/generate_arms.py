@@ -160,9 +160,8 @@ def published_arm(arms: Arms, checkout: str, verdict: str, free_tokens: int) -> 
 
     utils = load_checkout(checkout)
     picture = arms.pictures[0]
-    folder = tempfile.TemporaryDirectory()  # kept by the closure: the published code reads the picture every time
-    path = Path(folder.name) / "picture.png"
-    picture.save(path)
+    folder = tempfile.TemporaryDirectory()
+    picture.save(Path(folder.name) / "picture.png")
     stock_generate = arms.model.generate
 
     def shortened(*args: Any, **arguments: Any) -> Any:
@@ -172,15 +171,17 @@ def published_arm(arms: Arms, checkout: str, verdict: str, free_tokens: int) -> 
     def run() -> Tensor:
         torch.manual_seed(SEED)
         noised = utils.apply_gaussian_noise(picture)
+        # The folder lives as long as this function: the published code reads the picture every time.
+        picture_path = str(Path(folder.name) / "picture.png")
         arms.model.generate = shortened
         try:
             _, ids = run_published(
-                utils, arms.model, arms.processor, real_img_path=str(path), neutral_img=noised,
+                utils, arms.model, arms.processor, real_img_path=picture_path, neutral_img=noised,
                 conversation=arms.prompt, verdict=verdict, refusal_prefixes=["I cannot", "I'm sorry", "Sorry"],
                 model_type="llava", alpha=0.3, max_steps=WINDOW, top_k=20, lambda_supp=1.0, lambda_boost=1.0,
             )  # fmt: skip
         finally:
-            del arms.model.generate
+            vars(arms.model).pop("generate", None)  # the repairs take it away themselves when they end
         return torch.tensor([ids])
 
     return run

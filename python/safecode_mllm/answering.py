@@ -157,6 +157,7 @@ class Answerer:
             record=report.guided[index] if record else None,
             seed=row.seed,
             timings=dict(report.seconds),
+            notes=dict(report.notes),
             error=error,
             token_ids=[] if error else kept,
             context=request_context(row.dialogue, row.config, self.model),

@@ -13,7 +13,8 @@ from safecode_mllm.answering import Answerer
 from safecode_mllm.batching import DEFAULT_BATCH_SIZE, BatchRunner, Progress, in_order, watched
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.conversations import Dialogue
-from safecode_mllm.decoding.families import family_of
+from safecode_mllm.decoding import kv
+from safecode_mllm.decoding.families import decoder_of, family_of
 from safecode_mllm.decoding.prefill import explain_prefill
 from safecode_mllm.decoding.prefix_store import PrefixStore
 from safecode_mllm.decoding.wrappers import unwrapped
@@ -102,13 +103,15 @@ class SafeCoDe:
         return cls(model, processor, judge=judge, config=config, prefix_store=prefix_store)
 
     def explain(self) -> dict[str, str]:
-        """Return which ways this object takes and why: model family, prefill, decode step, noised view, judge."""
+        """Return which ways this object takes and why; what one generation did is in its result's `notes`."""
         judge, contrast = self.judge, self.config.uses_contrast
         explain_judge = getattr(judge, "explain", None)
+        obstacle = kv.static_obstacle(decoder_of(self.model))
         space = "what the image processor made of it" if self.config.noise_space == "model" else "the picture itself"
         return {
             "family": family_of(self.model).title,
             "prefill": explain_prefill(self._answerer.prefix_store),
+            "static_cache": f"not possible: {obstacle}" if obstacle else "with cache_implementation='static'",
             "decode_step": str(explain(device=self.model.device, dtype=self.model.dtype)),
             "noised_view": f"{self.config.noise} noise on {space}" if contrast else "none: contrast_weight is 0",
             "judge": "none" if judge is None else judge.name if explain_judge is None else explain_judge(),

@@ -33,6 +33,7 @@ class ChatResult:
         token_ids: the generated tokens, without padding.
         context: preset, configuration digest, model and versions, for `audit`.
         index: place of the request among those that were given together.
+        notes: which ways the generation took and why: prefill, cache, steps, decode step; in a batch, those of the batch.
     """
 
     text: str
@@ -46,6 +47,7 @@ class ChatResult:
     token_ids: list[int] = field(default_factory=list)
     context: dict[str, Any] = field(default_factory=dict)
     index: int = 0
+    notes: dict[str, str] = field(default_factory=dict)
 
     def audit(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary of what explains this answer: verdict, guided tokens, settings, versions.

@@ -139,6 +139,9 @@ def test_an_object_keeps_its_pool_and_streams_use_it(captured: list[GraphRunner]
     mode: dict[str, Any] = dict(max_new_tokens=6, seed=1, cache_implementation="static")
     results = [sc.chat(picture(n), PROMPT, **mode).token_ids for n in (1, 2)]
     assert results == [sc.chat(picture(n), PROMPT, max_new_tokens=6, seed=1).token_ids for n in (1, 2)]
+    result = sc.chat(picture(1), PROMPT, **mode)
+    assert result.notes["cache"] == "of fixed size" and "replayed" in result.notes["steps"]
+    assert "cache_implementation" in sc.explain()["static_cache"]
     stream = sc.stream(picture(1), PROMPT, **mode)
     list(stream)
     assert stream.result.token_ids == results[0]

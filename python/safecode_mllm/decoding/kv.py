@@ -83,6 +83,8 @@ def static_obstacle(decoder: Any) -> str | None:
     """Return why a model's cache cannot be of fixed size, in a sentence; None if it can."""
     if has_sliding_window(decoder):
         return "it has layers with a sliding window, whose fixed cache moves its contents at every step"
+    if has_encoder(decoder):
+        return "its language model has an encoder, and with it a cache of two parts"
     if image_layers(decoder):
         return "it has layers that hold images, which are as long as there are images"
     return None
