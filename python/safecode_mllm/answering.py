@@ -19,15 +19,15 @@ from safecode_mllm.decoding.prefix_store import PrefixStore
 from safecode_mllm.decoding.step_pool import StepPool
 from safecode_mllm.errors import JudgeError
 from safecode_mllm.generate_arguments import check_arguments, complete_arguments
-from safecode_mllm.judges.asking import ask_beside, ask_judge, settle
+from safecode_mllm.judges.asking import ask_beside
 from safecode_mllm.judges.protocol import Judge, Verdict, is_remote
-from safecode_mllm.judges.self_judge import SelfJudge
 from safecode_mllm.lengths import RowLimits
 from safecode_mllm.prompts import PromptBuilder, collate
 from safecode_mllm.refusal import RefusalTokens, refusal_tokens
 from safecode_mllm.requests import PreparedRequest, stack_noised
 from safecode_mllm.results import ChatResult, log_cut_short, log_ineffective
 from safecode_mllm.styling import with_style
+from safecode_mllm.verdict_source import Pending, make_verdict_source
 
 
 class Answerer:
@@ -109,29 +109,14 @@ class Answerer:
     def _verdict_source(self, rows: Sequence[PreparedRequest], judge: Judge | None) -> Callable[[Branches], Verdicts]:
         """Ask the judge about the steered rows that bring no verdict of their own, with the policies applied."""
         config = rows[0].config
+        given = [row.request.verdict if row.steered else None for row in rows]
         asked = [index for index, row in enumerate(rows) if row.steered and row.request.verdict is None]
+        requests = [rows[index].for_judge() for index in asked]
+        pending = None
         if judge is not None and is_remote(judge):
             # Asked now, while the prompt is prefilled; the loop waits only before the first token.
-            _ask_elsewhere([rows[index] for index in asked], judge)
-
-        def source(branches: Branches) -> Verdicts:
-            answers: list[Verdict | Exception | None] = [None] * len(rows)
-            for index, row in enumerate(rows):
-                if row.steered and row.request.verdict is not None:
-                    answers[index] = settle(row.request.verdict, config, name=row.request.verdict.judge)
-                elif row.asked is not None:
-                    answers[index] = row.asked()
-            if judge is None or is_remote(judge):
-                return answers
-            judge_many = judge.judge_many
-            if isinstance(judge, SelfJudge) and judge.judges_with(self.model):
-                judge_many = partial(judge.read, branches, asked)
-            verdicts = ask_judge(judge_many, [rows[index].for_judge() for index in asked], config, name=judge.name)
-            for index, answer in zip(asked, verdicts, strict=True):
-                answers[index] = answer
-            return answers
-
-        return source
+            pending = _ask_elsewhere([rows[index] for index in asked], judge)
+        return make_verdict_source(given, asked, requests, judge, config, self.model, pending)
 
     def _result(
         self,
@@ -168,15 +153,15 @@ class Answerer:
         return {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in inputs.items()}
 
 
-def _ask_elsewhere(rows: Sequence[PreparedRequest], judge: Judge) -> None:
-    """Ask a remote judge about the rows that it was not asked about before; returns at once."""
+def _ask_elsewhere(rows: Sequence[PreparedRequest], judge: Judge) -> Pending:
+    """Ask a remote judge about the rows that it was not asked about before; what is returned waits for all answers."""
     fresh = [row for row in rows if row.asked is None]
-    if not fresh:
-        return
-    verdicts = ask_beside(judge, [row.for_judge() for row in fresh], fresh[0].config)
-    for place, row in enumerate(fresh):
-        row.asked = partial(_nth, verdicts, place)
+    if fresh:
+        verdicts = ask_beside(judge, [row.for_judge() for row in fresh], fresh[0].config)
+        for place, row in enumerate(fresh):
+            row.asked = partial(_nth, verdicts, place)
+    return lambda: [row.asked() for row in rows if row.asked is not None]
 
 
-def _nth(verdicts: Callable[[], list[Verdict | JudgeError]], place: int) -> Verdict | JudgeError:
+def _nth(verdicts: Pending, place: int) -> Verdict | JudgeError:
     return verdicts()[place]

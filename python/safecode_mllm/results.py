@@ -33,7 +33,7 @@ class ChatResult:
         token_ids: the generated tokens, without padding.
         context: preset, configuration digest, model and versions, for `audit`.
         index: place of the request among those that were given together.
-        notes: which ways the generation took and why: prefill, cache, steps, decode step; in a batch, those of the batch.
+        notes: which ways the generation took and why: prefill, cache, steps, decode step; of the batch, in a batch.
     """
 
     text: str

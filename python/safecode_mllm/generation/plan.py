@@ -17,13 +17,13 @@ from safecode_mllm.errors import ConfigError
 from safecode_mllm.generate_arguments import config_in
 from safecode_mllm.generation.noising import PIXELS, noised_batch
 from safecode_mllm.generation.reading import prompts_of
-from safecode_mllm.generation.verdict_source import make_verdict_source
 from safecode_mllm.judges import FixedJudge, bind, make_judge
 from safecode_mllm.judges.protocol import Judge, JudgeRequest, Verdict
 from safecode_mllm.judges.self_judge import SelfJudge
 from safecode_mllm.prompts import PromptBuilder
 from safecode_mllm.refusal import RefusalTokens, refusal_tokens
 from safecode_mllm.requests import SEED_BITS
+from safecode_mllm.verdict_source import make_verdict_source
 
 VerdictLike = Verdict | str
 Inputs = Mapping[str, Tensor]

@@ -8,9 +8,12 @@ from typing import Any
 
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.decoding.branches import Branches
+from safecode_mllm.errors import JudgeError
 from safecode_mllm.judges.asking import ask_beside, ask_judge, settle
 from safecode_mllm.judges.protocol import Judge, JudgeRequest, Verdict, is_remote
 from safecode_mllm.judges.self_judge import SelfJudge
+
+Pending = Callable[[], Sequence[Verdict | JudgeError]]
 
 
 def make_verdict_source(
@@ -20,6 +23,7 @@ def make_verdict_source(
     judge: Judge | None,
     config: SafeCoDeConfig,
     model: Any,
+    pending: Pending | None = None,
 ) -> Callable[[Branches], list[Verdict | Exception | None]]:
     """Return what a steered generation calls after the prefill: verdicts with the policies applied, or errors.
 
@@ -30,8 +34,10 @@ def make_verdict_source(
         judge: who is asked; a judge that works elsewhere is asked now, in a thread of its own.
         config: reads on_judge_error and on_unknown.
         model: the model that is steered; a self-judge of it reads through the prefilled branches.
+        pending: waits for the verdicts on `requests` if a judge is being asked about them already.
     """
-    pending = ask_beside(judge, requests, config) if judge is not None and is_remote(judge) else None
+    if pending is None and judge is not None and is_remote(judge):
+        pending = ask_beside(judge, requests, config)
 
     def source(branches: Branches) -> list[Verdict | Exception | None]:
         answers: list[Verdict | Exception | None] = [
@@ -39,6 +45,7 @@ def make_verdict_source(
         ]
         if judge is None:
             return answers
+        verdicts: Sequence[Verdict | JudgeError]
         if pending is not None:
             verdicts = pending()
         else:
