@@ -110,7 +110,10 @@ def baseline_variants(case: Case, inputs: baselines.Inputs, compiled: bool) -> d
     if compiled:
         torch._dynamo.reset()
         function = torch.compile(baselines.naive, dynamic=False)
-        assert function(inputs)[2].equal(baselines.naive(inputs)[2]), "torch.compile"
+        theirs, plain = function(inputs)[2], baselines.naive(inputs)[2]
+        # Compiled sums are ordered differently, so a nucleus may end a few tokens elsewhere.
+        slack = NUCLEUS_SLACK if inputs.top_p < 1 else 0.0
+        assert ((theirs - plain).abs() <= slack * plain + bool(slack)).all(), "torch.compile"
         found["compile"] = lambda: function(inputs)
     return found
 
