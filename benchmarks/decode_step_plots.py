@@ -32,7 +32,7 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
     for axis, beta in zip(axes, (0.1, 0.0), strict=True):
         _speedups(axis, [row for row in prepared if row["beta"] == beta], beta)
     axes[0].set_ylabel("times faster (log scale)")
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(BASELINES), frameon=False)
     paths = [folder / "speedup.png"]
     figure.savefig(paths[0], dpi=130)
     if any(row["bandwidth_share"] is not None for row in prepared):
