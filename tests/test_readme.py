@@ -78,6 +78,11 @@ def test_python_block_is_short() -> None:
     assert len(block.splitlines()) <= 8
 
 
+def test_python_block_of_the_kernels_page_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "kernels.md").read_text(), re.DOTALL)
+    assert "tensor([0, 0, 0, 0, 0, 0, 0, 0]" in run([sys.executable, "-c", block])
+
+
 def test_measured_tables_are_those_of_the_results() -> None:
     run([sys.executable, "scripts/update_docs.py", "--check"])
 
