@@ -32,6 +32,7 @@ ROWS = {
 }
 COLUMNS = {
     "dynamic": "one request", "batch": "batch", "self_judge": "self-judge", "static": "cache of fixed size",
+    "packed": "packed prefill",
     "front_door": "`SafeCoDe`",
 }  # fmt: skip
 # The letters of the reasons in docs/models.md.
@@ -42,9 +43,11 @@ EMPTY = {
     ("front_door", "qwen3_vl_moe"): "c",
     ("static", "gemma3"): "e", ("static", "mllama"): "f", ("static", "blip_2_t5"): "g",
     ("static", "instructblip_t5"): "g",
+    ("packed", "instructblip"): "h", ("packed", "instructblip_t5"): "h", ("packed", "blip_2"): "h",
+    ("packed", "blip_2_t5"): "h",
 }  # fmt: skip
 # For the other cells of tier 2.
-UNTESTED_STATIC = "d"
+UNTESTED = {"static": "d", "packed": "i"}
 
 
 def support_table() -> str:
@@ -57,7 +60,7 @@ def support_table() -> str:
     for family, (title, model_class) in ROWS.items():
         tier = 1 if "static" in passed[family] else 2
         cells = [
-            _cell(passed[family].get(mode, []), versions, EMPTY.get((mode, family), UNTESTED_STATIC))
+            _cell(passed[family].get(mode, []), versions, EMPTY.get((mode, family), UNTESTED.get(mode, "")))
             for mode in COLUMNS
         ]
         lines.append([title, f"`{model_class}`", str(tier), *cells])

@@ -16,7 +16,7 @@ from tiny_tier2_processors import TIER2_CHAT_NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
-from support_markdown import COLUMNS, EMPTY, ROWS, UNTESTED_STATIC  # noqa: E402
+from support_markdown import COLUMNS, EMPTY, ROWS, UNTESTED  # noqa: E402
 
 PASSED = json.loads((ROOT / "docs" / "support.json").read_text())
 
@@ -34,8 +34,8 @@ def test_every_family_has_a_row_and_every_empty_cell_a_reason() -> None:
     page = (ROOT / "docs" / "models.md").read_text()
     empty = {(mode, family) for family in ROWS for mode in COLUMNS if mode not in PASSED[family]}
     assert set(EMPTY) <= empty
-    assert {mode for mode, _ in empty - set(EMPTY)} == {"static"}
-    assert all(f"- ({letter}) " in page for letter in {*EMPTY.values(), UNTESTED_STATIC})
+    assert {mode for mode, _ in empty - set(EMPTY)} == set(UNTESTED)
+    assert all(f"- ({letter}) " in page for letter in {*EMPTY.values(), *UNTESTED.values()})
 
 
 @pytest.mark.skipif(transformers.__version__ != NEWEST, reason=f"tiny models of tier 2 are built on {NEWEST}")

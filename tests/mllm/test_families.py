@@ -14,7 +14,7 @@ import transformers
 
 from naive import NaiveSteering, first_ids, last_logits, naive_generate
 from safecode_mllm.config import SafeCoDeConfig
-from safecode_mllm.decoding import kv
+from safecode_mllm.decoding import kv, packed
 from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.encoder_branches import make_branches
 from safecode_mllm.decoding.families import decoder_of, family_of, has_encoder, placeholder_ids
@@ -79,6 +79,14 @@ def check_static(name: str) -> None:
     assert torch.equal(ids, naive_tokens(name, 2))
 
 
+def check_packed(name: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "PACKED_MIN_PREFIX", 1)
+        ids, notes = steered_tokens(name, 2)
+    assert notes["prefill"].startswith("both branches in one row")
+    assert torch.equal(ids, naive_tokens(name, 2))
+
+
 @torch.no_grad()
 def check_self_judge(name: str) -> None:
     """Two questions of different length, one behind a cut prompt, on the cache of a batch with a noised branch."""
@@ -113,7 +121,13 @@ def logits_of_question(model: Any, clean: Inputs, suffix: list[int], drop: int) 
     return last_logits(model, cut, ids)
 
 
-CHECKS = {"dynamic": check_dynamic, "batch": check_batch, "static": check_static, "self_judge": check_self_judge}
+CHECKS = {
+    "dynamic": check_dynamic,
+    "batch": check_batch,
+    "static": check_static,
+    "packed": check_packed,
+    "self_judge": check_self_judge,
+}
 
 
 @pytest.mark.parametrize(("family", "mode"), [(cell.family, cell.mode) for cell in CELLS if cell.tier == 1])
