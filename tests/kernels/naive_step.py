@@ -129,6 +129,8 @@ def _decode_row(clean, noised, params, refusal, seed, stream, step, kind):
     x = {v: score[v] for v in kept}
     if not params.greedy:
         x = _filtered(x, params, kind)
+        if not x:
+            return fail(3)
         if any(value == INF for value in x.values()):
             return fail(4)
     best = max(float(value) for value in x.values())
@@ -173,6 +175,9 @@ def _scored(z, noised, params, refusal, bias, finite, gathered, kind):
 def _filtered(x, params, kind):
     """Temperature, top_k, top_p, min_p."""
     x = {v: value / _f(params.temperature, kind) for v, value in x.items()}
+    x = {v: value for v, value in x.items() if value != -INF}  # what overflows is excluded
+    if not x:
+        return x
     if 0 < params.top_k <= len(x):
         kth = sorted(x.values(), reverse=True)[params.top_k - 1]
         x = {v: value for v, value in x.items() if value >= kth}

@@ -43,18 +43,20 @@ WAYS = [
 
 @contextmanager
 def first_arguments(model: Any) -> Iterator[dict[str, Any]]:
-    """The keyword arguments of the model's first pass."""
+    """The keyword arguments of the model's first pass; in transformers 4 some are run without their output head."""
     seen: dict[str, Any] = {}
 
     def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if not seen:
             seen.update(kwargs)
 
-    hook = model.register_forward_pre_hook(keep, with_kwargs=True)
+    modules = {id(module): module for module in (model, model.base_model, getattr(model, "model", model))}
+    hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules.values()]
     try:
         yield seen
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def check_both_branches(seen: dict[str, Any], clean: Any, noised: Any) -> None:
