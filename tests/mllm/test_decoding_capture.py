@@ -87,8 +87,9 @@ def test_no_operation_depends_on_data(name: str) -> None:
     steps._decide = unwatched  # type: ignore[method-assign]
     with watch:
         run(steps, lambda guided: steps.advance(guided=guided))
-    # IDEFICS looks up added tokens in a table of their own, by a comparison with the size of the first one.
-    expected = {"nonzero", "index_put_"} if name == "idefics" else set()
+    # IDEFICS looks up added tokens in a table of their own, by a comparison with the size of the first one; in
+    # transformers 4 it also asks the host whether there are any. Such a step is not captured, and runs as it is.
+    expected = {"nonzero", "index_put_", "_local_scalar_dense"} if name == "idefics" else set()
     assert watch.found <= expected
 
 
