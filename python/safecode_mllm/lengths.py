@@ -73,14 +73,29 @@ class RowLimits:
 
 
 def limit_of_all(arguments: Mapping[str, Any], columns: int) -> int:
-    """Return the tokens that the arguments allow behind a prompt of so many columns."""
+    """Return the tokens that the arguments allow behind a prompt of so many columns.
+
+    Raises:
+        PromptError: max_length, which counts the prompt too, leaves no room behind it.
+    """
     config = arguments.get("generation_config")
     for new_tokens, length in (
         (arguments.get("max_new_tokens"), arguments.get("max_length")),
-        (getattr(config, "max_new_tokens", None), getattr(config, "max_length", None)),
+        (getattr(config, "max_new_tokens", None), _asked_length(config)),
     ):
         if new_tokens is not None:
             return int(new_tokens)
         if length is not None:
-            return max(1, int(length) - columns)
+            if length <= columns:
+                raise PromptError(
+                    f"prompt: with its image it has {columns} tokens, and max_length={length} counts these too; use "
+                    "max_new_tokens"
+                )
+            return int(length) - columns
     return DEFAULT_MAX_NEW_TOKENS
+
+
+def _asked_length(config: Any) -> int | None:
+    """Return the max_length that somebody asked for: transformers 4 has one in every configuration."""
+    length = getattr(config, "max_length", None)
+    return None if config is None or length == type(config)().max_length else length

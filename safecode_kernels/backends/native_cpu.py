@@ -11,12 +11,11 @@ from .. import _native
 from ..contract import DrawKey, RefusalMask, Rows, StepResult, StepScores
 from ..errors import ArgumentError
 from ..rng import MAX_STEP
+from .prepared import ReadyResults, new_result
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Below this many bytes of logits one thread is done before a second one has woken up.
 THREADING_BYTES = 2 * 2**20
-# Results are allocated for so many steps at a time, after the first: four allocations cost more than a small step.
-STEPS_PER_ALLOCATION = 32
 
 NULL = 0
 
@@ -28,7 +27,7 @@ def step(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | N
     packed = rows.packed.contiguous()
     words, mask_id = (None, None) if mask is None else (mask.words.contiguous(), mask.mask_id.contiguous())
     seeds, stream, index = (None, None, 0) if key is None else _contiguous(key)
-    result = _new_result(batch)
+    result = new_result(batch)
     served = _native.decode_once(
         DTYPE_CODES[clean.dtype],
         batch,
@@ -91,7 +90,7 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
     """Draw from processed scores; key None takes the best."""
     scores = _readable(scores)
     batch, vocab_size = scores.shape
-    result = _new_result(batch)
+    result = new_result(batch)
     seeds, stream, step = (None, None, 0) if key is None else _contiguous(key)
     _native.draw(
         DTYPE_CODES[scores.dtype],
@@ -109,20 +108,6 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
         _threads(batch, vocab_size, scores.dtype),
     )
     return result
-
-
-def _new_result(batch: int) -> StepResult:
-    # Results from a pool would be parts of larger tensors, which an operator of torch may not return.
-    ints = torch.empty(batch, dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
-    return StepResult(torch.empty(batch, dtype=torch.int64), torch.empty(batch), *ints)
-
-
-def _allocate(steps: int, batch: int) -> list[StepResult]:
-    kinds = (torch.int64, torch.float32, torch.int32, torch.int32)
-    # What is allocated in inference mode could not be changed in place outside it, by whoever gets it later.
-    with torch.inference_mode(False):
-        columns = [torch.empty(steps, batch, dtype=kind).unbind(0) for kind in kinds]
-    return [StepResult(*tensors) for tensors in zip(*columns, strict=True)]
 
 
 def prepare(
@@ -156,8 +141,8 @@ class NativeStep:
         self._n_masks = 0 if refusal_mask is None else len(refusal_mask)
         self._threaded = _is_large(*clean_shape, dtype)
         self._column_shape = self._shape[:1]
-        self._ready = self._with_addresses(1)
-        self._reused = self._ready[0] if reuse_results else None
+        self._results = ReadyResults(self._shape[0], rows.packed.device)
+        self._reused = self._results.next() if reuse_results else None
 
     def __call__(self, clean: Tensor, noised: Tensor | None, mask_id: object, step: object) -> StepResult | None:
         """Return one token per row; None for anything but plain tensors exactly as prepared."""
@@ -192,7 +177,7 @@ class NativeStep:
             mask_address = mask_id.data_ptr()
         elif self._n_masks > 1:
             return None
-        result, token, logprob, n_kept, status = self._reused or self._next()
+        result, token, logprob, n_kept, status = self._reused or self._results.next()
         served = self._native.decode(
             clean.data_ptr(),
             clean_stride,
@@ -214,21 +199,6 @@ class NativeStep:
         if type(value) is not Tensor or value.dtype is not torch.int64 or not value.is_cpu:
             return False
         return value.shape == self._column_shape and value.is_contiguous()
-
-    def _next(self) -> tuple[StepResult, int, int, int, int]:
-        """Return a result that was never handed out, with its addresses."""
-        try:
-            return self._ready.pop()
-        except IndexError:
-            self._ready = self._with_addresses(STEPS_PER_ALLOCATION)
-            return self._ready.pop()
-
-    def _with_addresses(self, steps: int) -> list[tuple[StepResult, int, int, int, int]]:
-        found = []
-        for result in _allocate(steps, self._shape[0]):
-            token, logprob, n_kept, status = (tensor.data_ptr() for tensor in result)
-            found.append((result, token, logprob, n_kept, status))
-        return found
 
 
 def _native_step(

@@ -7,8 +7,6 @@ tensor. A prepared step owns its scratch, so it must not run on two streams at t
 
 from __future__ import annotations
 
-from typing import TypeGuard
-
 import torch
 from torch import Tensor
 
@@ -16,17 +14,16 @@ from .. import _native_cuda
 from ..contract import DrawKey, RefusalMask, Rows, StepResult, StepScores
 from ..errors import BackendUnavailable, LaunchError
 from ..rng import MAX_STEP
+from .prepared import PreparedFor, ReadyResults, readable
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Results are allocated so many steps at a time: four allocations per step would cost more than a small step.
-STEPS_PER_ALLOCATION = 32
 
 NULL = 0
 
 
 def step(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | None, key: DrawKey | None) -> StepResult:
     """Score, cut, filter and draw one token per row."""
-    clean, noised = _readable(clean), None if noised is None else _readable(noised)
+    clean, noised = readable(clean), None if noised is None else readable(noised)
     words = None if mask is None else mask.words
     prepared = CudaStep(clean.shape, clean.dtype, clean.device, rows, words, key, reuse_results=True)
     mask_id = None if mask is None else mask.mask_id.contiguous()
@@ -37,7 +34,7 @@ def step(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | N
 
 def scores(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | None) -> StepScores:
     """Return every token's score, biased clean logit and whether it passes the cut."""
-    clean, noised = _readable(clean), None if noised is None else _readable(noised)
+    clean, noised = readable(clean), None if noised is None else readable(noised)
     device = clean.device
     native = _native_step(clean.shape, clean.dtype, device)
     packed = rows.packed.contiguous()
@@ -71,7 +68,7 @@ def scores(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask |
 
 def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
     """Draw from processed scores; key None takes the best."""
-    scores = _readable(scores)
+    scores = readable(scores)
     # No parameters: no contrast, no bias and no filter, which leaves the draw.
     prepared = CudaStep(scores.shape, scores.dtype, scores.device, None, None, key, reuse_results=True)
     result = prepared(scores, None, None, 0 if key is None else _contiguous(key.step))
@@ -91,7 +88,7 @@ def prepare(
     return CudaStep(clean_shape, dtype, rows.packed.device, rows, refusal_mask, key, reuse_results)
 
 
-class CudaStep:
+class CudaStep(PreparedFor):
     """A decode step whose scratch lies ready on the device; `contract.FastStep`.
 
     Raises:
@@ -109,9 +106,7 @@ class CudaStep:
         key: DrawKey | None,
         reuse_results: bool = False,
     ):
-        self._shape = torch.Size(clean_shape)
-        self._dtype = dtype
-        self._device = device
+        super().__init__(clean_shape, dtype, device)
         self._native = _native_step(self._shape, dtype, device)
         # The kernels read these at every launch, so they must live as long.
         self._packed = None if rows is None else rows.packed.contiguous()
@@ -125,10 +120,9 @@ class CudaStep:
         if self._seeds is not None and self._streams is not None:
             self._native.set_key(self._seeds.data_ptr(), self._streams.data_ptr())
         self._n_masks = 0 if self._words is None else len(self._words)
-        self._column_shape = self._shape[:1]
         self.use_plan(*self._native.plan())
-        self._ready: list[tuple[StepResult, int, int, int, int]] = []
-        self._reused = self._allocate(1)[0] if reuse_results else None
+        self._results = ReadyResults(self._shape[0], device)
+        self._reused = self._results.next() if reuse_results else None
 
     def use_plan(self, clusters: bool, blocks_per_row: int) -> None:
         """Set how a row is spread over blocks, for measurements; a plan that fits the device is chosen without."""
@@ -158,7 +152,7 @@ class CudaStep:
             mask_address = mask_id.data_ptr()
         elif self._n_masks > 1:
             return None
-        result, token, logprob, n_kept, status = self._reused or self._next()
+        result, token, logprob, n_kept, status = self._reused or self._results.next()
         _check(
             self._native.decode(
                 clean.data_ptr(),
@@ -176,31 +170,6 @@ class CudaStep:
             )
         )
         return result
-
-    def _is_like_prepared(self, logits: object) -> bool:
-        """Whether `logits` are what native code was prepared for, with neighbours of a row side by side."""
-        if type(logits) is not Tensor or logits.dtype is not self._dtype or logits.shape != self._shape:
-            return False
-        return logits.device == self._device and (logits.stride(1) == 1 or self._shape[1] == 1)
-
-    def _is_column(self, value: object) -> TypeGuard[Tensor]:
-        """Whether `value` is int64 [B] as native code reads it."""
-        if type(value) is not Tensor or value.dtype is not torch.int64 or value.device != self._device:
-            return False
-        return value.shape == self._column_shape and value.is_contiguous()
-
-    def _next(self) -> tuple[StepResult, int, int, int, int]:
-        """Return a result that was never handed out, with its addresses."""
-        if not self._ready:
-            self._ready = self._allocate(STEPS_PER_ALLOCATION)
-        return self._ready.pop()
-
-    def _allocate(self, steps: int) -> list[tuple[StepResult, int, int, int, int]]:
-        kinds = (torch.int64, torch.float32, torch.int32, torch.int32)
-        columns = [torch.empty(steps, self._shape[0], dtype=kind, device=self._device).unbind(0) for kind in kinds]
-        return [
-            (StepResult(*tensors), *(tensor.data_ptr() for tensor in tensors)) for tensors in zip(*columns, strict=True)
-        ]
 
 
 def _native_step(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _native_cuda.Step:
@@ -222,9 +191,3 @@ def _stream(device: torch.device) -> int:
 
 def _contiguous(step: int | Tensor) -> int | Tensor:
     return step.contiguous() if isinstance(step, Tensor) else step
-
-
-def _readable(logits: Tensor) -> Tensor:
-    """Return the logits with neighbours of a row side by side: native code knows row strides only."""
-    logits = logits.detach()
-    return logits if logits.stride(1) == 1 else logits.contiguous()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..contract import DrawKey, RefusalMask, Rows, StepResult, StepScores
 from ..errors import ArgumentError
 from ..params import StepParams, resolve_rows
 from ..rng import MAX_STEP
+from .prepared import PreparedFor, new_result, readable
 from .triton_kernels import scores as scores_kernels
 from .triton_kernels import step as step_kernels
 from .triton_kernels.numbers import RANK_NEG_INF
@@ -27,8 +28,8 @@ def step(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | N
     prepared = TritonStep(clean.shape, clean.dtype, rows, words, key)
     now: int | Tensor = 0 if key is None else key.step
     result = prepared(
-        _readable(clean),
-        None if noised is None else _readable(noised),
+        readable(clean),
+        None if noised is None else readable(noised),
         mask_id,
         now.contiguous() if isinstance(now, Tensor) else now,
     )
@@ -39,7 +40,7 @@ def step(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | N
 
 def scores(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | None) -> StepScores:
     """Return every token's score, biased clean logit and whether it passes the cut."""
-    clean, noised = _readable(clean), None if noised is None else _readable(noised)
+    clean, noised = readable(clean), None if noised is None else readable(noised)
     (batch, vocab_size), device = clean.shape, clean.device
     split = split_rows(batch, vocab_size, SIZES)
     out = StepScores(
@@ -83,11 +84,11 @@ def scores(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask |
 
 def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
     """Draw from processed scores; key None takes the best."""
-    scores = _readable(scores)
+    scores = readable(scores)
     (batch, vocab_size), device = scores.shape, scores.device
     split = split_rows(batch, vocab_size, SIZES)
     neutral = StepParams(contrast_weight=0, plausibility_beta=0, greedy=key is None)
-    result = _empty_result(batch, device)
+    result = new_result(batch, device)
     values = {
         **_sizes(batch, vocab_size, split),
         **_key(key, batch, device),
@@ -120,7 +121,7 @@ def prepare(
     return TritonStep(clean_shape, dtype, rows, refusal_mask, key, reuse_results)
 
 
-class TritonStep:
+class TritonStep(PreparedFor):
     """A decode step with its room on the device; `contract.FastStep`.
 
     A call launches two to five kernels on the current stream and waits for nothing. With `reuse_results` it allocates
@@ -140,13 +141,10 @@ class TritonStep:
     ):
         batch, vocab_size = clean_shape
         device = rows.packed.device
+        super().__init__(clean_shape, dtype, device)
         split = split_rows(batch, vocab_size, SIZES)
-        self._shape = torch.Size(clean_shape)
-        self._column_shape = self._shape[:1]
-        self._dtype = dtype
-        self._device = device
         self._n_masks = 0 if refusal_mask is None else len(refusal_mask)
-        self._reused = _empty_result(batch, device) if reuse_results else None
+        self._reused = new_result(batch, device) if reuse_results else None
         self._values = {
             **_sizes(batch, vocab_size, split),
             **_masks(refusal_mask, vocab_size, batch, device),
@@ -171,7 +169,7 @@ class TritonStep:
 
     def __call__(self, clean: Tensor, noised: Tensor | None, mask_id: object, step: object) -> StepResult | None:
         """Return one token per row; None for anything but plain tensors exactly as prepared."""
-        if not self._is_readable(clean) or not (noised is None or self._is_readable(noised)):
+        if not self._is_like_prepared(clean) or not (noised is None or self._is_like_prepared(noised)):
             return None
         if mask_id is not None:
             if not self._n_masks or not self._is_column(mask_id) or not self._is_legal(mask_id, -1, self._n_masks - 1):
@@ -183,7 +181,7 @@ class TritonStep:
                 return None
         elif not self._is_column(step) or not self._is_legal(step, 0, MAX_STEP):
             return None
-        result = self._reused or _empty_result(self._shape[0], self._device)
+        result = self._reused or new_result(self._shape[0], self._device)
         values = {**self._values, **_logits(clean, noised), **_steps(step, result.token), **_outputs(result)}
         if mask_id is not None:
             values["mask_ids"] = mask_id
@@ -191,26 +189,6 @@ class TritonStep:
             for kernel, grid in self._launches:
                 _launch(kernel, grid, values)
         return result
-
-    def _is_readable(self, logits: Tensor) -> bool:
-        """Whether these are logits as prepared, neighbours of a row side by side."""
-        return (
-            type(logits) is Tensor
-            and logits.dtype is self._dtype
-            and logits.shape == self._shape
-            and logits.device == self._device
-            and (logits.stride(1) == 1 or self._shape[1] == 1)
-        )
-
-    def _is_column(self, value: object) -> TypeGuard[Tensor]:
-        """Whether `value` is int64 [B] as the kernels read it."""
-        return (
-            type(value) is Tensor
-            and value.dtype is torch.int64
-            and value.shape == self._column_shape
-            and value.device == self._device
-            and value.is_contiguous()
-        )
 
     def _is_legal(self, column: Tensor, low: int, high: int) -> bool:
         """Whether the values are in range; on an accelerator nobody looks, since that would stop it."""
@@ -227,17 +205,6 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
-
-
-def _readable(logits: Tensor) -> Tensor:
-    """Return the logits with neighbours of a row side by side: the kernels know row strides only."""
-    logits = logits.detach()
-    return logits if logits.stride(1) == 1 else logits.contiguous()
-
-
-def _empty_result(batch: int, device: torch.device) -> StepResult:
-    kinds = (torch.int64, torch.float32, torch.int32, torch.int32)
-    return StepResult(*(torch.empty(batch, dtype=kind, device=device) for kind in kinds))
 
 
 # ---- arguments of the kernels, by name ----

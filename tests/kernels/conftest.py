@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import safecode_kernels as sk
+from kernels.emulated_cuda import emulation, gpu  # noqa: F401, fixtures
 from kernels.triton_harness import small_tiles, triton_form, triton_usable  # noqa: F401, fixtures
 
 # No shrinking: it takes minutes on a wrong kernel, and the smallest failing tensor says little more than the first.

@@ -120,3 +120,20 @@ def forced_plan(plan: tuple[bool, int] | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_cuda, "_native_step", planned)
         yield
+
+
+@pytest.fixture(scope="module")
+def emulation():
+    with emulated_gpu() as gpu:
+        yield gpu
+
+
+@pytest.fixture
+def gpu(emulation):
+    """The emulated GPU, as every test begins with it."""
+    emulation.reset()
+    return emulation
+
+
+def same(a: sk.StepResult, b: sk.StepResult) -> bool:
+    return all(x.equal(y) for x, y in zip(a, b, strict=True))

@@ -11,7 +11,7 @@ import torch
 
 import safecode_kernels as sk
 from kernels import test_grid as grid
-from kernels.emulated_cuda import PLANS, THREADS, emulated_gpu, forced_plan
+from kernels.emulated_cuda import PLANS, THREADS, forced_plan, same
 from kernels.fuzz import fuzz_cases
 from safecode_kernels import Status, StepParams
 from safecode_kernels.testing import Case, assert_step_equals, make_case
@@ -22,23 +22,6 @@ SAMPLER = StepParams(greedy=False, temperature=0.8, top_k=50, top_p=0.9)
 MAX_AMBIGUOUS_SHARE = 0.02
 FUZZ_CASES = 120
 SCORE_RTOL = 1e-6
-
-
-@pytest.fixture(scope="module")
-def emulation():
-    with emulated_gpu() as gpu:
-        yield gpu
-
-
-@pytest.fixture
-def gpu(emulation):
-    """The emulated GPU, as every test begins with it."""
-    emulation.reset()
-    return emulation
-
-
-def same(a: sk.StepResult, b: sk.StepResult) -> bool:
-    return all(x.equal(y) for x, y in zip(a, b, strict=True))
 
 
 def check(case: Case) -> None:

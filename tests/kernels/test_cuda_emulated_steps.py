@@ -8,29 +8,12 @@ import pytest
 import torch
 
 import safecode_kernels as sk
-from kernels.emulated_cuda import emulated_gpu, forced_plan
+from kernels.emulated_cuda import forced_plan, same
 from safecode_kernels import StepParams
 from safecode_kernels.testing import Case, make_case
 
 NAME = "native_cuda"
 INVALID_CONFIGURATION = 9
-
-
-@pytest.fixture(scope="module")
-def emulation():
-    with emulated_gpu() as gpu:
-        yield gpu
-
-
-@pytest.fixture
-def gpu(emulation):
-    """The emulated GPU, as every test begins with it."""
-    emulation.reset()
-    return emulation
-
-
-def same(a: sk.StepResult, b: sk.StepResult) -> bool:
-    return all(x.equal(y) for x, y in zip(a, b, strict=True))
 
 
 def ordinary(**fields) -> Case:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from pipelines import CONFIG, PROMPT, front_door, picture
 from safecode_mllm.answering import Answerer
@@ -14,7 +15,7 @@ from safecode_mllm.batching import LOOKAHEAD_BATCHES, batch_kind, into_batches
 from safecode_mllm.config import SafeCoDeConfig
 from safecode_mllm.errors import CapacityError, ConfigError, ImageError, PromptError
 from safecode_mllm.judges.protocol import Verdict
-from safecode_mllm.lengths import context_length
+from safecode_mllm.lengths import DEFAULT_MAX_NEW_TOKENS, context_length
 from safecode_mllm.pipeline import SafeCoDe
 from safecode_mllm.requests import ChatRequest, PreparedRequest, prepare_request
 from tiny_models import tiny_chat_model
@@ -178,6 +179,17 @@ def test_other_failures_leave_the_batch_size_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Answerer, "_result", lambda *_: 1 / 0)
     results = front_door(judge="safe").chat_batch(requests(2), max_new_tokens=1)
     assert [type(result.error) for result in results] == [ZeroDivisionError] * 2 and sizes == [2]
+
+
+def test_lengths_come_from_a_generation_config_if_it_has_one() -> None:
+    sc = front_door(judge="unsafe")
+    special = dict(pad_token_id=sc.builder.pad_token_id, eos_token_id=-1)
+    length = prepared(sc, requests(1)[0]).length
+    for field, wanted in (({}, DEFAULT_MAX_NEW_TOKENS), ({"max_new_tokens": 3}, 3), ({"max_length": length + 2}, 2)):
+        config = GenerationConfig(**special, **field)
+        assert len(sc.chat(picture(), PROMPT, generation_config=config).token_ids) == wanted
+    with pytest.raises(PromptError, match="max_new_tokens"):
+        sc.chat(picture(), PROMPT, max_length=length)
 
 
 def test_the_end_of_the_context(caplog: pytest.LogCaptureFixture) -> None:

@@ -75,6 +75,15 @@ def test_replayed_steps_equal_the_growing_cache(name: str, captured: list[GraphR
     assert static.notes["steps"].startswith("on the device: 2 graphs")
 
 
+def test_what_was_made_in_inference_mode_stays_there(captured: list[GraphRunner]) -> None:
+    tiny, pool = tiny_model("llava"), StepPool()
+    wanted, _ = generate(tiny, CALLS[0])
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            found, _ = generate(tiny, CALLS[0], pool=pool, cache_implementation="static")
+        assert torch.equal(wanted, found)
+
+
 @pytest.mark.parametrize("change", ["in place", "moved", "hook", "attention", "inference"])
 def test_no_graph_outlives_what_it_was_captured_with(change: str, captured: list[GraphRunner]) -> None:
     tiny, pool = tiny_model("llava"), StepPool()

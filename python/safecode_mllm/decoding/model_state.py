@@ -61,7 +61,9 @@ def _modes(model: Any) -> Hashable:
     device = model.device.type
     cast_to = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     precision = torch.get_float32_matmul_precision()
-    return getattr(model.config, "_attn_implementation", None), model.training, cast_to, precision
+    # Tensors made in inference mode cannot be written to outside it.
+    inference = torch.is_inference_mode_enabled()
+    return getattr(model.config, "_attn_implementation", None), model.training, cast_to, precision, inference
 
 
 @torch.no_grad()
