@@ -7,7 +7,6 @@ namespace {
 
 constexpr int64_t kFirstRoom = 8 * kScanChunk;  // candidates that a row may have before the buffer grows
 constexpr float kHarmlessBias = 1e30f;          // a sum of this and a finite logit rounds to a finite number
-constexpr int64_t kBlock = 4096;                // tokens whose two logits lie in the first cache at a time
 
 Candidates failed(Status status) { return {nullptr, nullptr, nullptr, 0, 0, status}; }
 
@@ -106,8 +105,8 @@ const float* as_float(const LogitRow& row, int64_t begin, int64_t n, float* buff
   return buffer;
 }
 
-// Every token of the row, both logits widened and contrasted while they lie in the first cache. The clean logits are
-// kept only if a bias might push them beyond fp32, since only then the cut looks at them again.
+// Every token of the row, looked at and contrasted while its two logits lie in the first cache. The clean logits are kept
+// only if a bias might push them beyond fp32, since only then the cut looks at them again.
 Candidates gather_all(const RowInput& input, Workspace& work) {
   const Loops& loop = loops();
   const int64_t size = input.clean.size;
@@ -120,15 +119,16 @@ Candidates gather_all(const RowInput& input, Workspace& work) {
   uint32_t met = 0;
   for (int64_t i = 0; i < size; i += kBlock) {
     const int64_t n = std::min(kBlock, size - i);
-    float* z = input.uses_noised() ? (keeps_clean ? clean + i : clean) : scores + i;
-    const float block_best = loop.widen(input.clean, i, n, z);
+    const float block_best = loop.largest_logit(input.clean, i, n);
     if (!(block_best <= best)) best = block_best;
     if (best != best) return failed(Status::kNanClean);
-    if (input.uses_noised()) {
-      met |= loop.contrast(z, as_float(input.noised, i, n, noised_buffer), n, contrast, scores + i);
-    } else if (keeps_clean) {
-      std::copy(z, z + n, clean + i);
+    if (keeps_clean) loop.convert(input.clean, i, n, clean + i);
+    if (!input.uses_noised()) {
+      loop.convert(input.clean, i, n, scores + i);
+      continue;
     }
+    const float* z = keeps_clean ? clean + i : as_float(input.clean, i, n, clean);
+    met |= loop.contrast(z, as_float(input.noised, i, n, noised_buffer), n, contrast, scores + i);
   }
   const Status status = status_of_best(best);
   return {nullptr, keeps_clean ? clean : nullptr, scores, size, 0,

@@ -74,8 +74,9 @@ RowResult decode_row(const RowInput& input, const DrawKey* key, Workspace& work)
 
 RowResult draw_row(const LogitRow& scores, const DrawKey* key, Workspace& work) {
   float* x = room(work.scores, scores.size);
-  const Status status = status_of_best(loops().widen(scores, 0, scores.size, x));
+  const Status status = status_of_best(loops().largest_logit(scores, 0, scores.size));
   if (status != Status::kOk) return failed(status);
+  loops().convert(scores, 0, scores.size, x);
   return finish({x, nullptr, scores.size}, key);
 }
 

@@ -90,9 +90,10 @@ Status add_bias(const RowInput& input, const IsCandidate& is_candidate, float* s
 
 Status try_score_row(const RowInput& input, float* scores, float* clean, uint8_t* keep, Workspace& work) {
   const int64_t size = input.clean.size;
-  const float best = loops().widen(input.clean, 0, size, clean);
+  const float best = loops().largest_logit(input.clean, 0, size);
   Status status = status_of_best(best);
   if (status != Status::kOk) return status;
+  loops().convert(input.clean, 0, size, clean);
   const IsCandidate is_candidate = candidates(input, clean, best);
   status = contrast(input, clean, is_candidate, scores, work);
   if (status != Status::kOk) return status;

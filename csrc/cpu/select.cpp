@@ -13,24 +13,42 @@ constexpr int64_t kBins = 1024;
 
 RowResult failed(Status status) { return {0, -kInfinity, 0, status}; }
 
-// Keeps scores at least `floor`, in the workspace; scores of -inf never stay.
+// Where kept scores go: the workspace, in place. The loops write one place beyond what they keep, never beyond what they
+// have read.
+Scored room_for_kept(const Scored& scored, Workspace& work) {
+  return {scored.scores, scored.tokens ? scored.tokens : room(work.tokens, scored.size), 0};
+}
+
+// Keeps scores at least `floor`; scores of -inf never stay.
 Scored keep_at_least(const Scored& scored, float floor, Workspace& work) {
-  Scored kept{scored.scores, scored.tokens, 0};
-  if (!kept.tokens) {
-    // keep_at_least writes one place beyond what it keeps, never beyond what it has read.
-    kept.tokens = room(work.tokens, scored.size);
-  }
+  Scored kept = room_for_kept(scored, work);
   kept.size = loops().keep_at_least(scored, std::max(floor, -kLargestFloat), kept);
   return kept;
+}
+
+// Writes the maxima of groups, and returns the k-th largest of them: at least k scores reach it. `maxima` has room for
+// twice the groups.
+float floor_of_groups(const float* x, int64_t n, int64_t k, float* maxima) {
+  const int64_t groups = groups_of(n);
+  float* ordered = maxima + groups;
+  loops().group_maxima(x, n, maxima);
+  std::copy(maxima, maxima + groups, ordered);
+  std::nth_element(ordered, ordered + k - 1, ordered + groups, std::greater<float>());
+  return ordered[k - 1];
 }
 
 // A superset of what top_k keeps, found before the division by the temperature, so that only these few are divided.
 // The division could make equal what differs by an ulp, so the floor lies lower; where it could also underflow, all stay.
 Scored drop_hopeless(const Scored& scored, const RowParams& params, Workspace& work) {
-  const float floor = kth_best(scored.scores, scored.size, params.top_k, work.spare);
+  const int64_t groups = groups_of(scored.size);
+  if (params.top_k > groups) return scored;
+  float* maxima = room(work.spare, 2 * groups);
+  const float floor = floor_of_groups(scored.scores, scored.size, params.top_k, maxima);
   const bool safe = params.temperature > 0x1p-10f && params.temperature < 0x1p10f && std::fabs(floor) > 1e-30f;
   if (!safe || floor == -kInfinity) return scored;
-  return keep_at_least(scored, floor - std::fabs(floor) * 0x1p-20f, work);
+  Scored kept = room_for_kept(scored, work);
+  kept.size = loops().keep_of_groups(scored, maxima, floor - std::fabs(floor) * 0x1p-20f, kept);
+  return kept;
 }
 
 // Sorts by (score descending, token ascending). Few candidates are the rule, and nearly sorted ones common.
@@ -142,27 +160,15 @@ Scored nucleus(Scored scored, double top_p, Workspace& work) {
 
 }  // namespace
 
-float kth_best(const float* x, int64_t n, int64_t k, std::vector<float>& spare) {
+float kth_best(float* x, int64_t n, int64_t k, std::vector<float>& spare) {
   if (k == 0 || k > n) return -kInfinity;
-  const int64_t groups = (n + kGroup - 1) / kGroup;
+  const int64_t groups = groups_of(n);
   float* values = room(spare, n + 2 * groups);
   int64_t size = n;
-  float floor = -kInfinity;
-  if (k <= groups) {  // k groups have a maximum of at least `floor`, so have k values
+  if (k <= groups) {
     float* maxima = values + n;
-    loops().group_maxima(x, n, maxima);
-    float* ordered = maxima + groups;
-    std::copy(maxima, maxima + groups, ordered);
-    std::nth_element(ordered, ordered + k - 1, ordered + groups, std::greater<float>());
-    floor = ordered[k - 1];
-    size = 0;
-    for (int64_t group = 0; group < groups; ++group) {
-      if (maxima[group] < floor) continue;
-      for (int64_t i = group * kGroup; i < std::min(n, (group + 1) * kGroup); ++i) {
-        values[size] = x[i];
-        size += x[i] >= floor;
-      }
-    }
+    const float floor = floor_of_groups(x, n, k, maxima);
+    size = loops().keep_of_groups({x, nullptr, n}, maxima, floor, {values, nullptr, 0});
   } else {
     std::copy(x, x + n, values);
   }
@@ -173,12 +179,10 @@ float kth_best(const float* x, int64_t n, int64_t k, std::vector<float>& spare) 
 RowResult choose(Scored scored, const RowParams& params, const DrawKey* key, Workspace& work) {
   const Loops& loop = loops();
   if (params.top_k > 0 && scored.size > kSortAtMost) scored = drop_hopeless(scored, params, work);
-  if (params.temperature != 1.0f) {
-    loop.divide(scored.scores, scored.size, params.temperature);
-    if (loop.maximum(scored.scores, scored.size) == kInfinity) return failed(Status::kInfinite);
-  }
+  if (params.temperature != 1.0f) loop.divide(scored.scores, scored.size, params.temperature);
   const bool filters = params.top_k > 0 || params.top_p < 1 || params.log_min_p > -kInfinity;
   if (!filters) return finish(scored, key);
+  if (params.temperature < 1 && loop.maximum(scored.scores, scored.size) == kInfinity) return failed(Status::kInfinite);
   if (!scored.tokens || scored.size > kSortAtMost) scored = keep_at_least(scored, -kInfinity, work);
   if (params.top_k > 0 && scored.size > kSortAtMost) {
     scored = keep_at_least(scored, kth_best(scored.scores, scored.size, params.top_k, work.spare), work);
@@ -194,7 +198,8 @@ RowResult choose(Scored scored, const RowParams& params, const DrawKey* key, Wor
 
 RowResult finish(const Scored& scored, const DrawKey* key) {
   const Loops& loop = loops();
-  const float best = loop.maximum(scored.scores, scored.size);
+  const Summary all = loop.summarise(scored.scores, scored.size);
+  const float best = all.largest;
   if (best == -kInfinity) return failed(Status::kNothingFinite);
   if (best == kInfinity) return failed(Status::kInfinite);
   int64_t token;
@@ -213,8 +218,7 @@ RowResult finish(const Scored& scored, const DrawKey* key) {
   }
   const double log_mass = std::log(loop.rough_mass(scored.scores, scored.size, best));
   const float logprob = static_cast<float>((static_cast<double>(score) - best) - log_mass);
-  const auto n_kept = static_cast<int32_t>(loop.count_finite(scored.scores, scored.size));
-  return {token, logprob, n_kept, Status::kOk};
+  return {token, logprob, static_cast<int32_t>(all.n_finite), Status::kOk};
 }
 
 }  // namespace safecode::cpu

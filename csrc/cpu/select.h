@@ -7,7 +7,7 @@
 namespace safecode::cpu {
 
 // The k-th largest value; -inf for k = 0 or k > n. `spare` is scratch.
-float kth_best(const float* x, int64_t n, int64_t k, std::vector<float>& spare);
+float kth_best(float* x, int64_t n, int64_t k, std::vector<float>& spare);
 
 // Divides by the temperature, applies top_k, top_p and min_p, then draws or takes the best. `scored` lies in `work`
 // (scores, and tokens or null); key null is greedy. A score of -inf is excluded.

@@ -1,5 +1,6 @@
 #include "step.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -21,6 +22,21 @@ const void* row_at(LogitMatrix logits, DType dtype, int64_t row) {
 
 uint64_t step_of(StepIndex step, int64_t row) {
   return step.of_row ? static_cast<uint64_t>(step.of_row[row]) : step.all;
+}
+
+// Appends the numbers of the bits that are set: few, so that most looks at several words find none.
+void list_tokens(const int32_t* words, int64_t width, std::vector<int32_t>& tokens) {
+  constexpr int64_t kLook = 16;
+  for (int64_t i = 0; i < width; i += kLook) {
+    const int64_t end = std::min(width, i + kLook);
+    int32_t any = 0;
+    for (int64_t word = i; word < end; ++word) any |= words[word];
+    for (int64_t word = i; any && word < end; ++word) {
+      for (auto left = static_cast<uint32_t>(words[word]); left; left &= left - 1) {
+        tokens.push_back(static_cast<int32_t>(32 * word + __builtin_ctz(left)));
+      }
+    }
+  }
 }
 
 void store(const RowResult& result, int64_t row, const ResultColumns& out) {
@@ -64,15 +80,12 @@ bool Step::use_masks(const int64_t* mask_ids) {
   for (int64_t row = 0; row < rows_; ++row) {
     const int64_t id = mask_of(mask_ids, row);
     if (id < -1 || id >= static_cast<int64_t>(masks_.size())) return false;
-    if (id < 0 || masks_[id].mask.words) continue;
+    if (id < 0 || masks_[id].mask.words || params_[row].bias == 0) continue;
     ListedMask& listed = masks_[id];
     const int32_t* words = words_ + id * width;
-    for (int64_t word = 0; word < width; ++word) {
-      for (auto left = static_cast<uint32_t>(words[word]); left; left &= left - 1) {
-        const int64_t token = 32 * word + __builtin_ctz(left);
-        if (token < vocab_size_) listed.tokens.push_back(static_cast<int32_t>(token));
-      }
-    }
+    listed.tokens.reserve(256);  // refusal masks hold a few hundred tokens
+    list_tokens(words, width, listed.tokens);
+    while (!listed.tokens.empty() && listed.tokens.back() >= vocab_size_) listed.tokens.pop_back();
     listed.mask = {words, listed.tokens.data(), static_cast<int64_t>(listed.tokens.size())};
   }
   return true;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TypeGuard
 
 import torch
@@ -11,7 +12,7 @@ from .. import _native
 from ..contract import DrawKey, RefusalMask, Rows, StepResult, StepScores
 from ..errors import ArgumentError
 from ..rng import MAX_STEP
-from .prepared import ReadyResults, new_result
+from .prepared import ReadyResults
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Below this many bytes of logits one thread is done before a second one has woken up.
@@ -27,7 +28,7 @@ def step(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | N
     packed = rows.packed.contiguous()
     words, mask_id = (None, None) if mask is None else (mask.words.contiguous(), mask.mask_id.contiguous())
     seeds, stream, index = (None, None, 0) if key is None else _contiguous(key)
-    result = new_result(batch)
+    result, *addresses = _results(batch).next()
     served = _native.decode_once(
         DTYPE_CODES[clean.dtype],
         batch,
@@ -43,10 +44,7 @@ def step(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | N
         0 if noised is None else noised.stride(0),
         NULL if mask_id is None else mask_id.data_ptr(),
         *_step_index(index),
-        result.token.data_ptr(),
-        result.logprob.data_ptr(),
-        result.n_kept.data_ptr(),
-        result.status.data_ptr(),
+        *addresses,
         _threads(batch, vocab_size, clean.dtype),
     )
     if not served:
@@ -90,7 +88,7 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
     """Draw from processed scores; key None takes the best."""
     scores = _readable(scores)
     batch, vocab_size = scores.shape
-    result = new_result(batch)
+    result, *addresses = _results(batch).next()
     seeds, stream, step = (None, None, 0) if key is None else _contiguous(key)
     _native.draw(
         DTYPE_CODES[scores.dtype],
@@ -101,10 +99,7 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
         NULL if seeds is None else seeds.data_ptr(),
         NULL if stream is None else stream.data_ptr(),
         *_step_index(step),
-        result.token.data_ptr(),
-        result.logprob.data_ptr(),
-        result.n_kept.data_ptr(),
-        result.status.data_ptr(),
+        *addresses,
         _threads(batch, vocab_size, scores.dtype),
     )
     return result
@@ -199,6 +194,11 @@ class NativeStep:
         if type(value) is not Tensor or value.dtype is not torch.int64 or not value.is_cpu:
             return False
         return value.shape == self._column_shape and value.is_contiguous()
+
+
+@lru_cache(maxsize=8)
+def _results(batch: int) -> ReadyResults:
+    return ReadyResults(batch, torch.device("cpu"))
 
 
 def _native_step(

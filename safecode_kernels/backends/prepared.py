@@ -14,6 +14,8 @@ AddressedResult = tuple[StepResult, int, int, int, int]
 RESULT_DTYPES = (torch.int64, torch.float32, torch.int32, torch.int32)
 # Results are allocated for so many steps at a time, after the first: four allocations cost more than a small step.
 STEPS_PER_ALLOCATION = 32
+# But of so many rows in all: results of large batches would lie in memory for steps that may never come.
+ROWS_PER_ALLOCATION = 4096
 
 
 def new_result(batch: int, device: torch.device | None = None) -> StepResult:
@@ -44,13 +46,15 @@ class ReadyResults:
         try:
             return self._ready.pop()
         except IndexError:
-            self._ready = self._allocate(STEPS_PER_ALLOCATION)
+            self._ready = self._allocate(max(1, min(STEPS_PER_ALLOCATION, ROWS_PER_ALLOCATION // max(1, self._batch))))
             return self._ready.pop()
 
     def _allocate(self, steps: int) -> list[AddressedResult]:
+        # On a CPU each has memory of its own, as an operator of torch has to return it; elsewhere that takes kernels.
+        split = torch.unbind_copy if self._device.type == "cpu" else torch.unbind
         # What is allocated in inference mode could not be changed in place outside it, by whoever gets it later.
         with torch.inference_mode(False):
-            columns = [torch.empty(steps, self._batch, dtype=d, device=self._device).unbind(0) for d in RESULT_DTYPES]
+            columns = [split(torch.empty(steps, self._batch, dtype=d, device=self._device)) for d in RESULT_DTYPES]
         found = []
         for tensors in zip(*columns, strict=True):
             token, logprob, n_kept, status = (tensor.data_ptr() for tensor in tensors)

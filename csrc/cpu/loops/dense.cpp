@@ -5,8 +5,10 @@
 namespace safecode::cpu::SAFECODE_ISA {
 namespace {
 
+constexpr int64_t kSpan = 256;  // tokens that are treated before something is looked at
+
 template <class Format>
-float widen_format(const void* data, int64_t begin, int64_t n, float* out) {
+float largest_format(const void* data, int64_t begin, int64_t n) {
   const auto* logits = static_cast<const typename Format::Stored*>(data) + begin;
   Lanes<Format> lanes;
   Magnitudes<Format> magnitudes = {};
@@ -14,7 +16,6 @@ float widen_format(const void* data, int64_t begin, int64_t n, float* out) {
   const int64_t whole = n - n % Format::kLanes;
   for (int64_t i = 0; i < whole; i += Format::kLanes) take<Format>(logits + i, lanes, magnitudes);
   take_some<Format>(logits + whole, n - whole, lanes, magnitudes);
-  for (int64_t i = 0; i < n; ++i) out[i] = Format::value(logits[i]);
   return largest<Format>(lanes, Format::kLanes, magnitudes);
 }
 
@@ -37,11 +38,57 @@ uint32_t contrast_carefully(const float* z, const float* noised, int64_t n, cons
   return met;
 }
 
+// What is left of values side by side, then of these.
+template <class Pick>
+inline float extreme(const float* x, int64_t n, float none, Pick&& pick) {
+  float lanes[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = none;
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = pick(x[i + lane], lanes[lane]);
+  }
+  for (int64_t i = whole; i < n; ++i) lanes[i - whole] = pick(x[i], lanes[i - whole]);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] = pick(lanes[lane], lanes[lane + width]);
+  }
+  return lanes[0];
+}
+
+// The largest of kGroup values: halves are folded onto each other.
+inline float group_maximum(const float* x) {
+  constexpr int64_t kHalf = kGroup / 2;
+  float top[kHalf];
+  for (int64_t i = 0; i < kHalf; ++i) top[i] = larger(x[i], x[i + kHalf]);
+  for (int64_t width = kHalf / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) top[i] = larger(top[i], top[i + width]);
+  }
+  return top[0];
+}
+
+// Appends scores [begin, end) that are at least the floor: few, so that most looks at several find none.
+inline void append(const Scored& from, int64_t begin, int64_t end, float floor, Scored& to) {
+  constexpr int64_t kLook = 64;
+  int64_t size = to.size;
+  for (int64_t i = begin; i < end; i += kLook) {
+    const int64_t stop = end - i < kLook ? end : i + kLook;
+    uint32_t any = 0;
+    for (int64_t j = i; j < stop; ++j) any |= from.scores[j] >= floor;
+    if (!any) continue;
+    for (int64_t j = i; j < stop; ++j) {
+      const float score = from.scores[j];
+      const int32_t token = from.tokens ? from.tokens[j] : static_cast<int32_t>(j);
+      to.scores[size] = score;
+      if (to.tokens) to.tokens[size] = token;
+      size += score >= floor;
+    }
+  }
+  to.size = size;
+}
+
 }  // namespace
 
-float widen(const LogitRow& row, int64_t begin, int64_t n, float* out) {
-  return with_format(row.dtype,
-                     [&](auto format) { return widen_format<decltype(format)>(row.data, begin, n, out); });
+float largest_logit(const LogitRow& row, int64_t begin, int64_t n) {
+  return with_format(row.dtype, [&](auto format) { return largest_format<decltype(format)>(row.data, begin, n); });
 }
 
 void convert(const LogitRow& row, int64_t begin, int64_t n, float* out) {
@@ -60,8 +107,8 @@ void read(const LogitRow& row, const int32_t* tokens, int64_t n, float* out) {
 uint32_t contrast_rows(const float* z, const float* noised, int64_t n, const ContrastParams& params, float* scores) {
   const ContrastParams p = params;
   uint32_t met = 0;
-  for (int64_t begin = 0; begin < n; begin += kGroup) {
-    const int64_t size = n - begin < kGroup ? n - begin : kGroup;
+  for (int64_t begin = 0; begin < n; begin += kSpan) {
+    const int64_t size = n - begin < kSpan ? n - begin : kSpan;
     uint32_t unusual = 0;
 #pragma omp simd reduction(| : unusual)
     for (int64_t i = begin; i < begin + size; ++i) {
@@ -76,26 +123,17 @@ uint32_t contrast_rows(const float* z, const float* noised, int64_t n, const Con
 }
 
 float maximum(const float* x, int64_t n) {
-  float lanes[kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = -kInfinity;
-  const int64_t whole = n - n % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = larger(x[i + lane], lanes[lane]);
-  }
-  for (int64_t i = whole; i < n; ++i) lanes[i - whole] = larger(x[i], lanes[i - whole]);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] = larger(lanes[lane], lanes[lane + width]);
-  }
-  return lanes[0];
+  return extreme(x, n, -kInfinity, [](float a, float b) { return larger(a, b); });
 }
 
 void group_maxima(const float* x, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += kGroup) *out++ = maximum(x + i, n - i < kGroup ? n - i : kGroup);
+  for (; n >= kGroup; n -= kGroup, x += kGroup) *out++ = group_maximum(x);
+  if (n > 0) *out = maximum(x, n);
 }
 
 int64_t find(const float* x, int64_t n, float value) {
-  for (int64_t i = 0; i < n; i += kGroup) {
-    const int64_t size = n - i < kGroup ? n - i : kGroup;
+  for (int64_t i = 0; i < n; i += kSpan) {
+    const int64_t size = n - i < kSpan ? n - i : kSpan;
     uint32_t any = 0;
     for (int64_t j = 0; j < size; ++j) any |= x[i + j] == value;
     for (int64_t j = 0; any && j < size; ++j) {
@@ -105,14 +143,20 @@ int64_t find(const float* x, int64_t n, float value) {
   return -1;
 }
 
-int64_t count_finite(const float* x, int64_t n) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; i += kGroup) {
-    int32_t in_group = 0;
-    for (int64_t j = i; j < (n - i < kGroup ? n : i + kGroup); ++j) in_group += x[j] > -kInfinity;
-    count += in_group;
+// Where the smallest is above -inf, all are.
+Summary summarise(const float* x, int64_t n) {
+  Summary all{-kInfinity, 0};
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t end = n - i < kBlock ? n : i + kBlock;
+    all.largest = larger(maximum(x + i, end - i), all.largest);
+    const float least = extreme(x + i, end - i, kInfinity, [](float a, float b) { return smaller(a, b); });
+    if (least > -kInfinity) {
+      all.n_finite += end - i;
+    } else {
+      for (int64_t j = i; j < end; ++j) all.n_finite += x[j] > -kInfinity;
+    }
   }
-  return count;
+  return all;
 }
 
 void divide(float* x, int64_t n, float divisor) {
@@ -129,8 +173,8 @@ double mass(const float* x, int64_t n, float best) {
 
 double rough_mass(const float* x, int64_t n, float best) {
   double sum = 0;
-  for (int64_t i = 0; i < n; i += kGroup) {
-    const int64_t end = n - i < kGroup ? n : i + kGroup;
+  for (int64_t i = 0; i < n; i += kSpan) {
+    const int64_t end = n - i < kSpan ? n : i + kSpan;
     float in_group = 0;
 #pragma omp simd reduction(+ : in_group)
     for (int64_t j = i; j < end; ++j) in_group += exponential(x[j] - best);
@@ -145,22 +189,17 @@ void weights(const float* x, int64_t n, float best, double* out) {
 }
 
 int64_t keep_at_least(const Scored& from, float floor, Scored to) {
-  constexpr int64_t kBlock = 64;
-  int64_t size = 0;
-  for (int64_t i = 0; i < from.size; i += kBlock) {
-    const int64_t end = from.size - i < kBlock ? from.size : i + kBlock;
-    uint32_t any = 0;
-    for (int64_t j = i; j < end; ++j) any |= from.scores[j] >= floor;
-    if (!any) continue;
-    for (int64_t j = i; j < end; ++j) {
-      const float score = from.scores[j];
-      const int32_t token = from.tokens ? from.tokens[j] : static_cast<int32_t>(j);
-      to.scores[size] = score;
-      to.tokens[size] = token;
-      size += score >= floor;
-    }
+  to.size = 0;
+  append(from, 0, from.size, floor, to);
+  return to.size;
+}
+
+int64_t keep_of_groups(const Scored& from, const float* maxima, float floor, Scored to) {
+  to.size = 0;
+  for (int64_t i = 0; i < from.size; i += kGroup, ++maxima) {
+    if (*maxima >= floor) append(from, i, from.size - i < kGroup ? from.size : i + kGroup, floor, to);
   }
-  return size;
+  return to.size;
 }
 
 int32_t largest_integer(const int32_t* x, int64_t n) {

@@ -18,22 +18,28 @@ inline T larger(T a, T b) {
   return a > b ? a : b;
 }
 
+template <class T>
+inline T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
 // The entries of the table `Loops`, which describes them.
 float chunk_maxima(const LogitRow& row, void* maxima);
 int64_t collect(const LogitRow& row, const void* maxima, const Gather& gather, float best, int64_t chunk, Found& found);
-float widen(const LogitRow& row, int64_t begin, int64_t n, float* out);
+float largest_logit(const LogitRow& row, int64_t begin, int64_t n);
 void convert(const LogitRow& row, int64_t begin, int64_t n, float* out);
 void read(const LogitRow& row, const int32_t* tokens, int64_t n, float* out);
 uint32_t contrast_rows(const float* z, const float* noised, int64_t n, const ContrastParams& params, float* scores);
 float maximum(const float* x, int64_t n);
 void group_maxima(const float* x, int64_t n, float* out);
 int64_t find(const float* x, int64_t n, float value);
-int64_t count_finite(const float* x, int64_t n);
+Summary summarise(const float* x, int64_t n);
 void divide(float* x, int64_t n, float divisor);
 double mass(const float* x, int64_t n, float best);
 double rough_mass(const float* x, int64_t n, float best);
 void weights(const float* x, int64_t n, float best, double* out);
 int64_t keep_at_least(const Scored& from, float floor, Scored to);
+int64_t keep_of_groups(const Scored& from, const float* maxima, float floor, Scored to);
 RaceBest race(const Scored& scored, const DrawKey& key);
 int32_t largest_integer(const int32_t* x, int64_t n);
 
