@@ -296,19 +296,21 @@ def _states_argument(model: Any) -> str:
     return "perceiver_embeddings" if model.config.use_resampler else "image_encoder_embeddings"
 
 
-def forward(decoder: Any, *, cached: int | Tensor, **inputs: Any) -> Tensor:
+def forward(decoder: Any, *, cached: int | Tensor, ends: Sequence[int] = (-1,), **inputs: Any) -> Tensor:
     """Run one forward pass behind the prompt's, over a KV cache, and return the logits of the last position.
 
     Args:
         decoder: as `decoder_of` returns it.
         cached: number of positions already in the cache, or the place of the one new column, int64 [1] (transformers 4
             wants to be told).
+        ends: columns whose logits are wanted instead.
         inputs: arguments of the decoder's `forward`.
 
     Returns:
-        logits [B, V] of the last position, in the model's dtype: a fresh tensor that the caller may write to.
+        logits [E * B, V] in the model's dtype, first those of all rows at the first end: a fresh tensor that the caller
+        may write to.
     """
-    return _run(decoder, decoder, cached, (-1,), inputs)[0]
+    return _run(decoder, decoder, cached, ends, inputs)[0]
 
 
 def _run(

@@ -214,20 +214,22 @@ def fork(cache: Any, rows: Sequence[int]) -> Any:
 
     Args:
         cache: a DynamicCache.
-        rows: which of its rows, in order; one row however often is a view.
+        rows: which of its rows, in order; one row however often, and rows that follow each other, are views.
     """
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
-    if len(set(rows)) == 1:
-        row = rows[0]
-        for layer in _filled_layers(forked):
-            layer.keys = layer.keys[row : row + 1].expand(len(rows), -1, -1, -1)
-            layer.values = layer.values[row : row + 1].expand(len(rows), -1, -1, -1)
-    else:
-        for layer in _filled_layers(forked):
-            index = torch.tensor(rows, device=layer.keys.device)
-            layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
+    for layer in _filled_layers(forked):
+        layer.keys, layer.values = _rows(layer.keys, rows), _rows(layer.values, rows)
     return forked
+
+
+def _rows(states: Tensor, rows: Sequence[int]) -> Tensor:
+    first = rows[0]
+    if len(set(rows)) == 1:
+        return states[first : first + 1].expand(len(rows), -1, -1, -1)
+    if list(rows) == list(range(first, first + len(rows))):
+        return states[first : first + len(rows)]
+    return states.index_select(0, torch.tensor(rows, device=states.device))
 
 
 def _filled_layers(cache: Any) -> list[Any]:
