@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generate_arms import SAMPLING, Arm, Arms, published_arm
+from generate_arms import SAMPLING, Arm, Arms, PublishedWork
 from generate_models import Geometry, build
 from timing import machine
 
@@ -95,15 +95,20 @@ def specs(geometry: Geometry, published: str | None, quick: bool) -> dict[str, S
 
 
 def published_specs(geometry: Geometry, checkout: str, quick: bool) -> dict[str, Spec]:
-    """Return the published code and ours on the same work: 5 guided tokens and the rest free."""
+    """Return the published code, our drop-in on exactly its work, and our own decoding: 5 guided tokens, the rest free.
+
+    After a verdict of "unsafe" the published code guides fewer than that.
+    """
     found: dict[str, Spec] = {}
     lengths = {"safe_20": ("safe", SHORT - 5), "unsafe_20": ("unsafe", SHORT - 5), "safe_64": ("safe", LONG)}
     for name, (verdict, free) in lengths.items():
         if quick and name != "safe_20":
             continue
         arms = Arms(geometry, 1, free + 5)
+        work = PublishedWork(arms, checkout, verdict, free)
         theirs = f"published_{name}"
-        found[theirs] = Spec(published_arm(arms, checkout, verdict, free), free + 5)
+        found[theirs] = Spec(work.published, work.new_tokens)
+        found[f"dropin_{name}"] = Spec(work.dropin, work.new_tokens, published=theirs)
         found[f"ours_{name}"] = Spec(partial(arms.steered, **SAMPLING), free + 5, published=theirs)
     return found
 
