@@ -154,7 +154,7 @@ class Arms:
 
 
 class PublishedWork:
-    """One request as the published implementation answers it, and as our drop-in for it does, which must write the same.
+    """One request as the published code answers it, and as our drop-in for it does, which must write the same ids.
 
     Args:
         arms: model, processor, request.
