@@ -37,7 +37,8 @@ ROUNDS, QUICK_ROUNDS = 10, 2
 class Row:
     """One arm on one geometry; a ratio is this arm's time over the other's, None where the other was not run.
 
-    For `ratio_published` it is the other way round: how many times longer the published code takes.
+    Two are the other way round: `ratio_published` says how many times longer the published code takes, and
+    `ratio_single` how many times longer the same requests take one at a time.
     """
 
     arm: str
@@ -54,6 +55,7 @@ class Row:
     ratio_stock: float | None
     ratio_floor: float | None
     ratio_published: float | None
+    ratio_single: float | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Spec:
     stock: str | None = None
     floor: str | None = None
     published: str | None = None
+    single: str | None = None
     batch: int = 1
 
 
@@ -115,8 +118,9 @@ def published_specs(geometry: Geometry, checkout: str, quick: bool) -> dict[str,
 
 def batch_specs(geometry: Geometry, batches: list[int]) -> dict[str, Spec]:
     """Return steered batches with the model as its own judge."""
+    name = "steered_judge_batch_{}".format
     return {
-        f"steered_judge_batch_{batch}": Spec(Arms(geometry, batch, SHORT).steered_judge, SHORT, batch=batch)
+        name(batch): Spec(Arms(geometry, batch, SHORT).steered_judge, SHORT, single=name(batches[0]), batch=batch)
         for batch in batches
     }
 
@@ -145,7 +149,7 @@ def make_row(
         return statistics.median(a / b for a, b in zip(seconds[arm], seconds[other], strict=True))
 
     median = statistics.median(seconds[arm])
-    against = ratio(spec.published)
+    against, alone = ratio(spec.published), ratio(spec.single)
     return Row(
         arm=arm,
         geometry=geometry,
@@ -157,6 +161,7 @@ def make_row(
         ratio_stock=rounded(ratio(spec.stock)),
         ratio_floor=rounded(ratio(spec.floor)),
         ratio_published=rounded(None if against is None else 1 / against),
+        ratio_single=rounded(None if alone is None else spec.batch / alone),
         **counted,  # type: ignore[arg-type]
     )
 
@@ -210,6 +215,7 @@ def parts(model: Any) -> tuple[Any, Any]:
 
 HEADER = (
     "geometry arm                      batch tokens   seconds  samples/s  positions vision   /stock  /floor  published/"
+    "  singly/"
 )
 
 
@@ -222,7 +228,8 @@ def show(row: Row) -> None:
     print(
         f"{row.geometry:<8} {row.arm:<26}{row.batch:>5}{row.new_tokens:>7}{row.seconds_median:>10.3f}"
         f"{row.samples_per_second:>11.2f}{row.lm_positions or 0:>11}{row.vision_calls or 0:>7}"
-        f"{cell(row.ratio_stock, 9)}{cell(row.ratio_floor, 8)}{cell(row.ratio_published, 12)}",
+        f"{cell(row.ratio_stock, 9)}{cell(row.ratio_floor, 8)}{cell(row.ratio_published, 12)}"
+        f"{cell(row.ratio_single, 9)}",
         flush=True,
     )
 
@@ -248,7 +255,7 @@ def main() -> int:
         # A batch of 32 long prompts takes a minute on a core and shows nothing that 8 do not.
         batches = [1, 8] if options.quick or name == "G1" else [1, 8, 32]
         groups = [(specs(geometry, options.published, options.quick), rounds)]
-        groups.append((batch_specs(geometry, batches), max(1, rounds // 3)))
+        groups.append((batch_specs(geometry, batches), max(1, rounds // 2)))
         for arms, times in groups:
             found = measure(name, arms, geometry.model, times)
             rows += found
