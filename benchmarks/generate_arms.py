@@ -107,7 +107,10 @@ class Arms:
         return torch.stack(tokens, 1)
 
     def _floor_judge(self, cache: Any, clean: dict[str, Tensor]) -> None:
-        """The verdict's suffixes behind the cached prompt."""
+        """Plain forward passes for the verdict: one per label order over its whole question, behind the cached prompt.
+
+        Nothing is shared between the orders, so that ours can take less time than this.
+        """
         for question in questions():
             suffix = self.builder.judge_suffix(self.prompt, question).ids
             fork = DynamicCache()
