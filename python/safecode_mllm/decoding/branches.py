@@ -101,6 +101,7 @@ class Branches:
         tokens = tokens if tokens.ndim == 2 else tokens[:, None]
         columns = tokens.shape[1]
         cached = kv.cached_length(self.cache)
+        kv.spare_columns(self.cache)
         self.mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], columns)], 1)
         positions = self.next_positions + torch.arange(columns, device=self.next_positions.device)
         logits = forward(

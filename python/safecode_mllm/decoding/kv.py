@@ -14,7 +14,7 @@ from safecode_mllm.decoding.families import decoder_of, has_encoder, image_layer
 from safecode_mllm.errors import UnsupportedModelError
 
 # Cache layers that keep keys and values of each column.
-_LAYERS_WITH_COLUMNS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+_LAYERS_WITH_COLUMNS = {"DynamicLayer", "DynamicSlidingWindowLayer", "SpareLayer"}
 
 
 def check_cache(cache: Any) -> None:
@@ -130,6 +130,16 @@ class StaticLayers:
             if hasattr(target, "cumulative_length"):
                 target.cumulative_length.fill_(columns)
             source.keys = source.values = None
+
+
+def spare_columns(cache: Any) -> None:
+    """Let a filled DynamicCache keep spare columns from its next update on; other kinds of layers stay as they are."""
+    from transformers.cache_utils import DynamicLayer
+
+    from safecode_mllm.decoding.spare import SpareLayer
+
+    if any(type(layer) is DynamicLayer for layer in cache.layers):
+        cache.layers = [SpareLayer.of(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
 
 
 def cached_length(cache: Any) -> int:
