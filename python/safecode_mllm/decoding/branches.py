@@ -192,7 +192,7 @@ class Branches:
         inputs = with_suffixes(self._clean, suffixes, hidden, rows)
         return forward_prompt(self.model, inputs | {"position_ids": prompt_positions(self.model, inputs)})[0]
 
-    def _image_arguments(self, columns: int, visible: Tensor | None) -> dict[str, Tensor]:
+    def _image_arguments(self, columns: int, visible: Tensor | None) -> dict[str, Any]:
         if self.images is None:
             return {}
         if visible is None:

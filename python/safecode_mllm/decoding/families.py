@@ -249,7 +249,7 @@ class ImageStates:
         states = None if self.states is None else torch.cat([self.states[:, :images], self.states[:, images:]])
         return replace(self, states=states, visible=torch.cat([self.visible[:, :, images:]] * 2))
 
-    def arguments(self, columns: int) -> dict[str, Tensor]:
+    def arguments(self, columns: int) -> dict[str, Any]:
         """Return the arguments of a forward pass over `columns` new columns that see what the newest one sees."""
         found = {self.mask: self.visible.expand(-1, columns, *self.visible.shape[2:])}
         return found if self.states is None else found | {self.argument: self.states}
@@ -281,7 +281,7 @@ def prefill(
     return logits, seen
 
 
-def no_images(model: Any, rows: int, columns: int) -> dict[str, Tensor]:
+def no_images(model: Any, rows: int, columns: int) -> dict[str, Any]:
     """Return the arguments with which a pass over text that sees no image runs without one."""
     family, config = family_of(model), model.config
     if not family.image_states:

@@ -87,8 +87,9 @@ def layouts(
     found = []
     for key in dict.fromkeys(keys):
         asked = [place for place, own in enumerate(keys) if own == key]
-        chosen = ([values[place] for place in asked] for values in (suffixes, hidden, rows))
-        found.append((asked, side_by_side(*chosen, device)))
+        own_suffixes = [suffixes[place] for place in asked]
+        own_hidden, own_rows = [hidden[place] for place in asked], [rows[place] for place in asked]
+        found.append((asked, side_by_side(own_suffixes, own_hidden, own_rows, device)))
     return found
 
 

@@ -33,11 +33,12 @@ class SpareLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append columns, floating [R, H, n, D]; returns the keys and values of all columns."""
-        if not self.is_initialized or not self.keys.numel():
+        keys, values = self.keys, self.values
+        if keys is None or values is None or not keys.numel():  # emptied by reset()
             return super().update(key_states, value_states, *args, **kwargs)
-        self.keys = self._appended("keys", self.keys, key_states)
-        self.values = self._appended("values", self.values, value_states)
-        return self.keys, self.values
+        keys, values = self._appended("keys", keys, key_states), self._appended("values", values, value_states)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def _appended(self, name: str, states: Tensor, new: Tensor) -> Tensor:
         rows, heads, length, width = states.shape
