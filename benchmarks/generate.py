@@ -56,6 +56,7 @@ class Row:
     ratio_floor: float | None
     ratio_published: float | None
     ratio_single: float | None
+    ratio_unjudged: float | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Spec:
     floor: str | None = None
     published: str | None = None
     single: str | None = None
+    unjudged: str | None = None
     batch: int = 1
 
 
@@ -79,10 +81,11 @@ def specs(geometry: Geometry, published: str | None, quick: bool) -> dict[str, S
         stock, floor = f"stock_{tokens}", f"floor_{tokens}"
         found[stock] = Spec(arms.stock, tokens)
         found[floor] = Spec(arms.floor, tokens, stock)
-        found[f"steered_{tokens}"] = Spec(arms.steered, tokens, stock, floor)
-        judged = f"floor_judge_{tokens}"
-        found[judged] = Spec(partial(arms.floor, judge=True), tokens, stock)
-        found[f"steered_judge_{tokens}"] = Spec(arms.steered_judge, tokens, stock, judged)
+        judged, steered = f"floor_judge_{tokens}", f"steered_{tokens}"
+        found[judged] = Spec(partial(arms.floor, judge=True), tokens, stock, unjudged=floor)
+        # One behind the other: what the judge costs is the difference of the two, and machines drift.
+        found[steered] = Spec(arms.steered, tokens, stock, floor)
+        found[f"steered_judge_{tokens}"] = Spec(arms.steered_judge, tokens, stock, judged, unjudged=steered)
         if tokens == LONG:
             found["weight0_64"] = Spec(arms.weight0, tokens, stock)
             # On a GPU these steps are captured and replayed.
@@ -162,6 +165,7 @@ def make_row(
         ratio_floor=rounded(ratio(spec.floor)),
         ratio_published=rounded(None if against is None else 1 / against),
         ratio_single=rounded(None if alone is None else spec.batch / alone),
+        ratio_unjudged=rounded(ratio(spec.unjudged)),
         **counted,  # type: ignore[arg-type]
     )
 
@@ -215,7 +219,7 @@ def parts(model: Any) -> tuple[Any, Any]:
 
 HEADER = (
     "geometry arm                      batch tokens   seconds  samples/s  positions vision   /stock  /floor  published/"
-    "  singly/"
+    "  singly/ /unjudged"
 )
 
 
@@ -229,7 +233,7 @@ def show(row: Row) -> None:
         f"{row.geometry:<8} {row.arm:<26}{row.batch:>5}{row.new_tokens:>7}{row.seconds_median:>10.3f}"
         f"{row.samples_per_second:>11.2f}{row.lm_positions or 0:>11}{row.vision_calls or 0:>7}"
         f"{cell(row.ratio_stock, 9)}{cell(row.ratio_floor, 8)}{cell(row.ratio_published, 12)}"
-        f"{cell(row.ratio_single, 9)}",
+        f"{cell(row.ratio_single, 9)}{cell(row.ratio_unjudged, 10)}",
         flush=True,
     )
 

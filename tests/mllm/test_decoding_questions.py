@@ -125,7 +125,14 @@ def test_the_last_token_of_each_question_sees_it_and_nothing_else(case: str) -> 
     assert len(set(layout.places)) == len(suffixes)
 
 
-@pytest.mark.parametrize("fault", ["flash attention", "sliding window", "untested class"])
+REASONS = {
+    "flash attention": "takes no mask of its own",
+    "sliding window": "layers with a sliding window",
+    "untested class": "it has not been shown",
+}
+
+
+@pytest.mark.parametrize("fault", REASONS)
 def test_where_no_mask_of_its_own_is_taken_each_question_has_a_row(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = tiny_model("llava")
     *arguments, _ = CASES["two orders about each"]
@@ -136,6 +143,7 @@ def test_where_no_mask_of_its_own_is_taken_each_question_has_a_row(fault: str, m
         monkeypatch.setattr(kv, "has_sliding_window", lambda decoder: True)
     else:
         tiny.model.config.model_type = "never_heard_of"
+    assert REASONS[fault] in (question_layout.tree_obstacle(tiny.model) or "")
     found, counts = asked(tiny, *arguments)
     # With a sliding window nothing may be padded: each length has a pass of its own.
     assert counts.passes == ([(3, 4), (3, 5)] if fault == "sliding window" else [(6, 5)])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from safecode_mllm.decoding import kv
-from safecode_mllm.decoding.families import decoder_of, family_of, image_layers
+from safecode_mllm.decoding.families import decoder_of, family_of, has_encoder, image_layers
 from safecode_mllm.decoding.packed import mask_obstacle, own_mask
 
 
@@ -59,6 +59,8 @@ class Layout:
 def tree_obstacle(model: Any) -> str | None:
     """Return why questions about one prompt do not share a row, in a sentence; None if they do."""
     family = family_of(model)
+    if family.reads_ahead or has_encoder(decoder_of(model)):
+        return "the model reads a prompt as a whole, so that each question takes a pass over all of it"
     if not family.verified:
         return f"for {family.title} it has not been shown that a mask of any shape changes nothing"
     if image_layers(decoder_of(model)):
