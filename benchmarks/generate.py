@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generate_arms import SAMPLING, Arm, Arms, published_arm
+from generate_arms import SAMPLING, Arm, Arms, PublishedWork
 from generate_models import Geometry, build
 from timing import machine
 
@@ -37,7 +37,8 @@ ROUNDS, QUICK_ROUNDS = 10, 2
 class Row:
     """One arm on one geometry; a ratio is this arm's time over the other's, None where the other was not run.
 
-    For `ratio_published` it is the other way round: how many times longer the published code takes.
+    Two are the other way round: `ratio_published` says how many times longer the published code takes, and
+    `ratio_single` how many times longer the same requests take one at a time.
     """
 
     arm: str
@@ -54,6 +55,8 @@ class Row:
     ratio_stock: float | None
     ratio_floor: float | None
     ratio_published: float | None
+    ratio_single: float | None
+    ratio_unjudged: float | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Spec:
     stock: str | None = None
     floor: str | None = None
     published: str | None = None
+    single: str | None = None
+    unjudged: str | None = None
     batch: int = 1
 
 
@@ -76,10 +81,11 @@ def specs(geometry: Geometry, published: str | None, quick: bool) -> dict[str, S
         stock, floor = f"stock_{tokens}", f"floor_{tokens}"
         found[stock] = Spec(arms.stock, tokens)
         found[floor] = Spec(arms.floor, tokens, stock)
-        found[f"steered_{tokens}"] = Spec(arms.steered, tokens, stock, floor)
-        judged = f"floor_judge_{tokens}"
-        found[judged] = Spec(partial(arms.floor, judge=True), tokens, stock)
-        found[f"steered_judge_{tokens}"] = Spec(arms.steered_judge, tokens, stock, judged)
+        judged, steered = f"floor_judge_{tokens}", f"steered_{tokens}"
+        found[judged] = Spec(partial(arms.floor, judge=True), tokens, stock, unjudged=floor)
+        # One behind the other: what the judge costs is the difference of the two, and machines drift.
+        found[steered] = Spec(arms.steered, tokens, stock, floor)
+        found[f"steered_judge_{tokens}"] = Spec(arms.steered_judge, tokens, stock, judged, unjudged=steered)
         if tokens == LONG:
             found["weight0_64"] = Spec(arms.weight0, tokens, stock)
             # On a GPU these steps are captured and replayed.
@@ -95,23 +101,29 @@ def specs(geometry: Geometry, published: str | None, quick: bool) -> dict[str, S
 
 
 def published_specs(geometry: Geometry, checkout: str, quick: bool) -> dict[str, Spec]:
-    """Return the published code and ours on the same work: 5 guided tokens and the rest free."""
+    """Return the published code, our drop-in on exactly its work, and our own decoding: 5 guided tokens, the rest free.
+
+    After a verdict of "unsafe" the published code guides fewer than that.
+    """
     found: dict[str, Spec] = {}
     lengths = {"safe_20": ("safe", SHORT - 5), "unsafe_20": ("unsafe", SHORT - 5), "safe_64": ("safe", LONG)}
     for name, (verdict, free) in lengths.items():
         if quick and name != "safe_20":
             continue
         arms = Arms(geometry, 1, free + 5)
+        work = PublishedWork(arms, checkout, verdict, free)
         theirs = f"published_{name}"
-        found[theirs] = Spec(published_arm(arms, checkout, verdict, free), free + 5)
+        found[theirs] = Spec(work.published, work.new_tokens)
+        found[f"dropin_{name}"] = Spec(work.dropin, work.new_tokens, published=theirs)
         found[f"ours_{name}"] = Spec(partial(arms.steered, **SAMPLING), free + 5, published=theirs)
     return found
 
 
 def batch_specs(geometry: Geometry, batches: list[int]) -> dict[str, Spec]:
     """Return steered batches with the model as its own judge."""
+    name = "steered_judge_batch_{}".format
     return {
-        f"steered_judge_batch_{batch}": Spec(Arms(geometry, batch, SHORT).steered_judge, SHORT, batch=batch)
+        name(batch): Spec(Arms(geometry, batch, SHORT).steered_judge, SHORT, single=name(batches[0]), batch=batch)
         for batch in batches
     }
 
@@ -140,7 +152,7 @@ def make_row(
         return statistics.median(a / b for a, b in zip(seconds[arm], seconds[other], strict=True))
 
     median = statistics.median(seconds[arm])
-    against = ratio(spec.published)
+    against, alone = ratio(spec.published), ratio(spec.single)
     return Row(
         arm=arm,
         geometry=geometry,
@@ -152,6 +164,8 @@ def make_row(
         ratio_stock=rounded(ratio(spec.stock)),
         ratio_floor=rounded(ratio(spec.floor)),
         ratio_published=rounded(None if against is None else 1 / against),
+        ratio_single=rounded(None if alone is None else spec.batch / alone),
+        ratio_unjudged=rounded(ratio(spec.unjudged)),
         **counted,  # type: ignore[arg-type]
     )
 
@@ -205,6 +219,7 @@ def parts(model: Any) -> tuple[Any, Any]:
 
 HEADER = (
     "geometry arm                      batch tokens   seconds  samples/s  positions vision   /stock  /floor  published/"
+    "  singly/ /unjudged"
 )
 
 
@@ -217,7 +232,8 @@ def show(row: Row) -> None:
     print(
         f"{row.geometry:<8} {row.arm:<26}{row.batch:>5}{row.new_tokens:>7}{row.seconds_median:>10.3f}"
         f"{row.samples_per_second:>11.2f}{row.lm_positions or 0:>11}{row.vision_calls or 0:>7}"
-        f"{cell(row.ratio_stock, 9)}{cell(row.ratio_floor, 8)}{cell(row.ratio_published, 12)}",
+        f"{cell(row.ratio_stock, 9)}{cell(row.ratio_floor, 8)}{cell(row.ratio_published, 12)}"
+        f"{cell(row.ratio_single, 9)}{cell(row.ratio_unjudged, 10)}",
         flush=True,
     )
 
@@ -243,7 +259,7 @@ def main() -> int:
         # A batch of 32 long prompts takes a minute on a core and shows nothing that 8 do not.
         batches = [1, 8] if options.quick or name == "G1" else [1, 8, 32]
         groups = [(specs(geometry, options.published, options.quick), rounds)]
-        groups.append((batch_specs(geometry, batches), max(1, rounds // 3)))
+        groups.append((batch_specs(geometry, batches), max(1, rounds // 2)))
         for arms, times in groups:
             found = measure(name, arms, geometry.model, times)
             rows += found

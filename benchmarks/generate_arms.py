@@ -5,7 +5,11 @@ Every arm starts from pictures and text and ends with token ids, so processors, 
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +17,7 @@ from generate_models import Geometry
 from torch import Tensor
 from transformers import DynamicCache
 
-from safecode_mllm import SafeCoDe, SafeCoDeConfig
+from safecode_mllm import SafeCoDe, SafeCoDeConfig, compat
 from safecode_mllm.judges.question import questions
 from safecode_mllm.noise import noised_pixels
 from safecode_mllm.prompts import PromptBuilder, collate
@@ -103,7 +107,10 @@ class Arms:
         return torch.stack(tokens, 1)
 
     def _floor_judge(self, cache: Any, clean: dict[str, Tensor]) -> None:
-        """The verdict's suffixes behind the cached prompt."""
+        """Plain forward passes for the verdict: one per label order over its whole question, behind the cached prompt.
+
+        Nothing is shared between the orders, so that ours can take less time than this.
+        """
         for question in questions():
             suffix = self.builder.judge_suffix(self.prompt, question).ids
             fork = DynamicCache()
@@ -149,39 +156,67 @@ class Arms:
         return {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in inputs.items()}
 
 
-def published_arm(arms: Arms, checkout: str, verdict: str, free_tokens: int) -> Arm:
-    """The published implementation from a checkout, its answer cut at so many tokens behind the guided ones."""
-    import sys
-    import tempfile
-    from pathlib import Path
+class PublishedWork:
+    """One request as the published code answers it, and as our drop-in for it does, which must write the same ids.
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the repairs that the published code needs
-    from published_checkout import load_checkout, run_published
+    Args:
+        arms: model, processor, request.
+        checkout: folder of a checkout of the published code.
+        verdict: "safe" or "unsafe".
+        free_tokens: how many tokens are written behind the guided ones.
+    """
 
-    utils = load_checkout(checkout)
-    picture = arms.pictures[0]
-    folder = tempfile.TemporaryDirectory()
-    picture.save(Path(folder.name) / "picture.png")
-    stock_generate = arms.model.generate
+    def __init__(self, arms: Arms, checkout: str, verdict: str, free_tokens: int):
+        sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the repairs that the published code needs
+        import published_checkout
 
-    def shortened(*args: Any, **arguments: Any) -> Any:
-        arguments.pop("max_length", None)
-        return stock_generate(*args, **{**arguments, "max_new_tokens": free_tokens})
+        self._checkout, self._utils = published_checkout, published_checkout.load_checkout(checkout)
+        self._arms, self._free_tokens = arms, free_tokens
+        # Both read the picture every time; the folder lives as long as this object.
+        self._folder = tempfile.TemporaryDirectory()
+        arms.pictures[0].save(Path(self._folder.name) / "picture.png")
+        self._settings: dict[str, Any] = dict(
+            real_img_path=str(Path(self._folder.name) / "picture.png"), conversation=arms.prompt, verdict=verdict,
+            refusal_prefixes=["I cannot", "I'm sorry", "Sorry"], model_type="llava", alpha=0.3, max_steps=WINDOW,
+            top_k=20, lambda_supp=1.0, lambda_boost=1.0,
+        )  # fmt: skip
+        self._written: list[int] | None = None
 
-    def run() -> Tensor:
-        torch.manual_seed(SEED)
-        noised = utils.apply_gaussian_noise(picture)
-        # The folder lives as long as this function: the published code reads the picture every time.
-        picture_path = str(Path(folder.name) / "picture.png")
-        arms.model.generate = shortened
-        try:
-            _, ids = run_published(
-                utils, arms.model, arms.processor, real_img_path=picture_path, neutral_img=noised,
-                conversation=arms.prompt, verdict=verdict, refusal_prefixes=["I cannot", "I'm sorry", "Sorry"],
-                model_type="llava", alpha=0.3, max_steps=WINDOW, top_k=20, lambda_supp=1.0, lambda_boost=1.0,
-            )  # fmt: skip
-        finally:
-            vars(arms.model).pop("generate", None)  # the repairs take it away themselves when they end
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens stand behind the prompt; the published code chooses how many of them are guided."""
+        if self._written is None:
+            self.published()
+        return len(self._written or []) - self._arms.inputs()["input_ids"].shape[1]
+
+    def published(self) -> Tensor:
+        """The published implementation, with the repairs that it needs."""
+        run = partial(self._checkout.run_published, self._utils, self._arms.model, self._arms.processor)
+        self._written = self._answer(run, self._utils)
+        return torch.tensor([self._written])
+
+    def dropin(self) -> Tensor:
+        """Our drop-in; raises unless it writes what the published implementation wrote."""
+        tokenizer = self._arms.processor.tokenizer
+        function = compat.contrastive_decode_multistep_with_modulation
+        ids = self._answer(partial(function, self._arms.model, self._arms.processor, tokenizer), compat)
+        if ids != self._written:
+            raise AssertionError(f"the drop-in wrote {ids}, the published code {self._written}")
         return torch.tensor([ids])
 
-    return run
+    def _answer(self, function: Callable[..., Any], module: Any) -> list[int]:
+        """Run one of them from the same seed, its answer cut at so many tokens behind the guided ones."""
+        model = self._arms.model
+        stock_generate = model.generate
+
+        def shortened(*args: Any, **arguments: Any) -> Any:
+            arguments.pop("max_length", None)
+            return stock_generate(*args, **{**arguments, "max_new_tokens": self._free_tokens})
+
+        torch.manual_seed(SEED)
+        noised = module.apply_gaussian_noise(self._arms.pictures[0])
+        model.generate = shortened
+        try:
+            return function(neutral_img=noised, **self._settings)[1]
+        finally:
+            vars(model).pop("generate", None)  # the repairs take it away themselves when they end

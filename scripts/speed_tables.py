@@ -84,12 +84,13 @@ def op_text(rows: list[Row]) -> str:
 
 def generate_table(rows: list[Row], geometry: str) -> str:
     """Return what whole answers cost on one geometry, one line per arm."""
-    header = ["arm", "batch", "new tokens", "stock", "floor", "published takes", "model positions", "vision calls"]
-    table = [header]
+    compared = ["stock", "floor", "without a judge", "published takes", "one at a time takes"]
+    table = [["arm", "batch", "new tokens", *compared, "model positions", "vision calls"]]
     for row in rows:
         if row["geometry"] == geometry:
             counts = (row["lm_positions"], row["vision_calls"])
-            ratios = (row["ratio_stock"], row["ratio_floor"], row["ratio_published"])
+            names = ("stock", "floor", "unjudged", "published", "single")
+            ratios = (row.get(f"ratio_{name}") for name in names)
             cells = [row["arm"], str(row["batch"]), str(row["new_tokens"]), *(ratio(value) for value in ratios)]
             table.append([*cells, *("" if count is None else str(count) for count in counts)])
     return markdown(table)

@@ -1,13 +1,15 @@
 """No wasted token: what every family's vision tower, language model and output head process, to the position.
 
 P prompt columns, C of them before the first image, T guided tokens, N tokens after them, R requests. The ideal is
-R * (C + 2(P - C) + 2(T - 1) + 1 + (N - 1)) positions, plus the verdict's suffixes: the last token is never fed. Side by
-side the two branches share nothing, so that C is 0; packed they share what stands before the image.
+R * (C + 2(P - C) + 2(T - 1) + 1 + (N - 1)) positions, plus the verdict's questions, what they begin with once: the last
+token is never fed. Side by side the two branches share nothing, so that C is 0; packed they share what stands before
+the image.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from itertools import takewhile
 from typing import Any
 
 import pytest
@@ -27,7 +29,9 @@ from tiny_refusal import TinyTrie
 
 T, N = 5, 4
 CONFIG = SafeCoDeConfig(contrast_weight=0.8)
-SUFFIXES = [[33, 44, 55, 66], [71, 72]]
+# Two questions that begin alike, and what one pass over both of them has: the beginning once, and each end.
+SUFFIXES = [[33, 44, 55, 66], [33, 72]]
+SUFFIX_COLUMNS = 1 + 3 + 1
 
 
 @cache
@@ -60,7 +64,7 @@ def test_every_position_is_needed(
     tiny = model_of(name)
     clean = tiny.prompts(rows, extra=(0, 3)[:rows])
     counts, generation = generate(tiny, clean, cache_implementation=kind)
-    columns, suffixes = clean["input_ids"].shape[1], (2 * rows, max(map(len, SUFFIXES)))
+    columns, suffixes = clean["input_ids"].shape[1], (rows, SUFFIX_COLUMNS)
     sharing = sharing and FAMILIES[name].pixels is not None
     shared = int((clean["input_ids"] == IMAGE).any(0).nonzero()[0]) if sharing else 0
     assert (shared > 5) is sharing
@@ -69,8 +73,9 @@ def test_every_position_is_needed(
     assert counts.passes == [prompt, suffixes, *[(2 * rows, 1)] * (T - 1), *[(rows, 1)] * N]
     ideal = rows * (shared + 2 * (columns - shared) + 2 * (T - 1) + 1 + (N - 1))
     assert counts.positions == ideal + suffixes[0] * suffixes[1]
-    # One position of each branch's prompt, and of every row after that.
-    assert counts.heads == [(rows, 2) if shared else (2 * rows, 1), *((n, 1) for n, _ in counts.passes[1:])]
+    # One position of each branch's prompt, of each question, and of every row after that.
+    prompt_ends = (rows, 2) if shared else (2 * rows, 1)
+    assert counts.heads == [prompt_ends, (rows, len(SUFFIXES)), *((n, 1) for n, _ in counts.passes[2:])]
     assert generation.report.notes["prefill"].startswith("both branches in one row" if shared else "branches side by")
 
 
@@ -101,10 +106,13 @@ def test_a_judged_answer_looks_once_and_reads_its_prompt_once(name: str) -> None
     with counted(model) as counts:
         safecode.chat(picture(), PROMPT, max_new_tokens=T + N, min_new_tokens=T + N, seed=1)
     columns = safecode.builder.build(picture(), PROMPT)["input_ids"].shape[1]
-    suffixes = [len(safecode.builder.judge_suffix(PROMPT, question).ids) for question in questions()]
+    suffixes = [safecode.builder.judge_suffix(PROMPT, question).ids for question in questions()]
+    beginning = sum(1 for _ in takewhile(lambda tokens: tokens[0] == tokens[1], zip(*suffixes, strict=False)))
+    assert beginning > len(suffixes[0]) // 2  # the orders differ in their last lines only
+    asked = beginning + sum(len(suffix) - beginning for suffix in suffixes)
     assert counts.vision == 1
-    assert counts.passes == [(2, columns), (len(suffixes), max(suffixes)), *[(2, 1)] * (T - 1), *[(1, 1)] * N]
-    assert {columns for _, columns in counts.heads} == {1}
+    assert counts.passes == [(2, columns), (1, asked), *[(2, 1)] * (T - 1), *[(1, 1)] * N]
+    assert counts.heads == [(2, 1), (1, 2), *[(2, 1)] * (T - 1), *[(1, 1)] * N]
 
 
 def test_without_anything_to_steer_there_is_no_second_branch() -> None:

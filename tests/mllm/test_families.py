@@ -89,9 +89,10 @@ def check_packed(name: str) -> None:
 
 @torch.no_grad()
 def check_self_judge(name: str) -> None:
-    """Two questions of different length, one behind a cut prompt, on the cache of a batch with a noised branch."""
+    """Questions of different length, two that begin alike, some behind a cut prompt, on the cache of a batch."""
     model, (clean, noised) = model_of(name).model, inputs_of(name, 2)
-    suffixes, hidden, rows = [[33, 44, 55, 66], [71, 72], [81, 82, 83]], [2, 0, 1], [0, 1, 1]
+    suffixes = [[33, 44, 55, 66], [71, 72], [33, 44, 82], [81, 82, 83]]
+    hidden, rows = [2, 0, 2, 1], [0, 1, 0, 1]
     branches = make_branches(model, clean, noised, kv.new_cache(model))
     branches.prefill()
     asked = branches.ask(suffixes, hidden, rows)

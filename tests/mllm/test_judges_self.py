@@ -10,6 +10,7 @@ from PIL import Image
 from judge_models import short_captions
 from judging import request
 from pipelines import CONFIG, chat_model, front_door, picture
+from safecode_mllm.decoding import kv
 from safecode_mllm.errors import ConfigError
 from safecode_mllm.judges import JudgeRequest, Turn, Verdict
 from safecode_mllm.judges import self_judge as self_judge_module
@@ -48,6 +49,12 @@ def test_the_blank_image_is_what_the_contextual_read_out_subtracts(name: str) ->
     corrected = logits_of(judged(*asked, name=name, contextual=True))
     assert corrected == pytest.approx([p - b for p, b in zip(plain, on_blank, strict=True)], abs=1e-4)
     assert logits_of(judged(*blank, name=name, contextual=True)) == pytest.approx([0.0, 0.0], abs=1e-4)
+
+
+def test_a_judge_says_whether_its_questions_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bound().explain().endswith("no second prefill; both label orders in one row")
+    monkeypatch.setattr(kv, "has_sliding_window", lambda decoder: True)
+    assert "a row per label order: the model has layers with a sliding window" in bound().explain()
 
 
 def test_the_caption_stands_quoted_before_the_question(monkeypatch: pytest.MonkeyPatch) -> None:

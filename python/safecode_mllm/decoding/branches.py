@@ -22,6 +22,7 @@ from safecode_mllm.decoding.families import prefill as forward_prompt
 from safecode_mllm.decoding.prefill import prefill
 from safecode_mllm.decoding.prefix_store import PrefixStore
 from safecode_mllm.decoding.prompt import Prompt
+from safecode_mllm.decoding.question_layout import Layout, layouts, left_pad
 from safecode_mllm.errors import UnsupportedModelError
 
 
@@ -100,6 +101,7 @@ class Branches:
         tokens = tokens if tokens.ndim == 2 else tokens[:, None]
         columns = tokens.shape[1]
         cached = kv.cached_length(self.cache)
+        kv.spare_columns(self.cache)
         self.mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], columns)], 1)
         positions = self.next_positions + torch.arange(columns, device=self.next_positions.device)
         logits = forward(
@@ -155,54 +157,42 @@ class Branches:
         """
         if self._clean:
             return self._ask_anew(suffixes, hidden, rows)
-        # A sliding window counts hidden columns and padding too: where there is one, only questions that need neither
-        # may run together.
-        sliding = kv.has_sliding_window(self.decoder)
-        groups: dict[tuple[int, int], list[int]] = {}
-        for place, (suffix, drop) in enumerate(zip(suffixes, hidden, strict=True)):
-            groups.setdefault((drop, len(suffix)) if sliding else (0, 0), []).append(place)
         logits: list[Any] = [None] * len(suffixes)
-        for places in groups.values():
-            asked = self._ask_together(
-                [suffixes[place] for place in places],
-                [hidden[place] for place in places],
-                [rows[place] for place in places],
-            )
-            for place, answer in zip(places, asked, strict=True):
+        for places, layout in layouts(self.model, suffixes, hidden, rows, self.mask.device):
+            for place, answer in zip(places, self._ask_together(layout), strict=True):
                 logits[place] = answer
         return torch.stack(logits)
 
-    def _ask_together(self, suffixes: list[Sequence[int]], hidden: list[int], rows: list[int]) -> Tensor:
+    def _ask_together(self, layout: Layout) -> Tensor:
+        """Run one pass behind a fork of the cache; returns the logits of its questions."""
         device = self.mask.device
-        index = torch.tensor(rows, device=device)
-        length = self._prompt_mask.shape[1] - min(hidden)
-        cache = kv.fork(self.cache, rows)
+        index, hidden = (torch.tensor(values, device=device) for values in (layout.prompts, layout.hidden))
+        length = self._prompt_mask.shape[1] - min(layout.hidden)
+        cache = kv.fork(self.cache, layout.prompts)
         kv.keep_first_columns(cache, length, self._image_layers)
-        columns = torch.arange(length, device=device)
-        hidden_columns = torch.tensor(hidden, device=device)
-        end = self._prompt_mask.shape[1] - hidden_columns
-        visible = self._prompt_mask[index, :length] * (columns < end[:, None])
-        ids, ids_mask = left_pad(suffixes, device)
+        shown = torch.arange(length, device=device) < (self._prompt_mask.shape[1] - hidden)[:, None]
+        visible = self._prompt_mask[index, :length] * shown
         # Suffixes are all text: positions go on from the last visible column, the same on every axis.
-        start = (self.next_positions[..., 0].index_select(-1, index) - hidden_columns)[..., None]
-        positions = start + (ids_mask.cumsum(-1) - 1).clamp_min(0)
-        images = self.images.rows(index).arguments(ids.shape[1]) if self.images else {}
-        return forward(
+        start = (self.next_positions[..., 0].index_select(-1, index) - hidden)[..., None]
+        columns = layout.ids.shape[1]
+        logits = forward(
             self.decoder,
             cached=length,
-            input_ids=ids,
-            attention_mask=torch.cat([visible, ids_mask], 1),
-            position_ids=positions,
+            ends=layout.ends,
+            input_ids=layout.ids,
+            attention_mask=layout.mask(self.decoder, visible),
+            position_ids=start + layout.depth,
             past_key_values=cache,
-            **images,
+            **(self.images.rows(index).arguments(columns) if self.images else {}),
         )
+        return logits[layout.places]
 
     def _ask_anew(self, suffixes: Sequence[Sequence[int]], hidden: Sequence[int], rows: Sequence[int]) -> Tensor:
         """Ask with a pass of its own, where what lies in the cache has seen what it must not see."""
         inputs = with_suffixes(self._clean, suffixes, hidden, rows)
         return forward_prompt(self.model, inputs | {"position_ids": prompt_positions(self.model, inputs)})[0]
 
-    def _image_arguments(self, columns: int, visible: Tensor | None) -> dict[str, Tensor]:
+    def _image_arguments(self, columns: int, visible: Tensor | None) -> dict[str, Any]:
         if self.images is None:
             return {}
         if visible is None:
@@ -239,14 +229,3 @@ def with_suffixes(
             asked[key].append([*clean[key][row, : ids.shape[1] - drop][kept].tolist(), *added])
     index = torch.tensor(list(rows), device=ids.device)
     return {key: left_pad(asked[key], ids.device)[0] if key in asked else value[index] for key, value in clean.items()}
-
-
-def left_pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return token ids [Q, N], zeros on the left of shorter ones, and their mask."""
-    width = max(len(sequence) for sequence in sequences)
-    ids = torch.zeros(len(sequences), width, dtype=torch.long, device=device)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, width - len(sequence) :] = torch.tensor(sequence, device=device)
-        mask[row, width - len(sequence) :] = 1
-    return ids, mask

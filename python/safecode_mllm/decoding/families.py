@@ -249,7 +249,7 @@ class ImageStates:
         states = None if self.states is None else torch.cat([self.states[:, :images], self.states[:, images:]])
         return replace(self, states=states, visible=torch.cat([self.visible[:, :, images:]] * 2))
 
-    def arguments(self, columns: int) -> dict[str, Tensor]:
+    def arguments(self, columns: int) -> dict[str, Any]:
         """Return the arguments of a forward pass over `columns` new columns that see what the newest one sees."""
         found = {self.mask: self.visible.expand(-1, columns, *self.visible.shape[2:])}
         return found if self.states is None else found | {self.argument: self.states}
@@ -281,7 +281,7 @@ def prefill(
     return logits, seen
 
 
-def no_images(model: Any, rows: int, columns: int) -> dict[str, Tensor]:
+def no_images(model: Any, rows: int, columns: int) -> dict[str, Any]:
     """Return the arguments with which a pass over text that sees no image runs without one."""
     family, config = family_of(model), model.config
     if not family.image_states:
@@ -296,19 +296,21 @@ def _states_argument(model: Any) -> str:
     return "perceiver_embeddings" if model.config.use_resampler else "image_encoder_embeddings"
 
 
-def forward(decoder: Any, *, cached: int | Tensor, **inputs: Any) -> Tensor:
+def forward(decoder: Any, *, cached: int | Tensor, ends: Sequence[int] = (-1,), **inputs: Any) -> Tensor:
     """Run one forward pass behind the prompt's, over a KV cache, and return the logits of the last position.
 
     Args:
         decoder: as `decoder_of` returns it.
         cached: number of positions already in the cache, or the place of the one new column, int64 [1] (transformers 4
             wants to be told).
+        ends: columns whose logits are wanted instead.
         inputs: arguments of the decoder's `forward`.
 
     Returns:
-        logits [B, V] of the last position, in the model's dtype: a fresh tensor that the caller may write to.
+        logits [E * B, V] in the model's dtype, first those of all rows at the first end: a fresh tensor that the caller
+        may write to.
     """
-    return _run(decoder, decoder, cached, (-1,), inputs)[0]
+    return _run(decoder, decoder, cached, ends, inputs)[0]
 
 
 def _run(

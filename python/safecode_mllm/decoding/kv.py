@@ -14,7 +14,7 @@ from safecode_mllm.decoding.families import decoder_of, has_encoder, image_layer
 from safecode_mllm.errors import UnsupportedModelError
 
 # Cache layers that keep keys and values of each column.
-_LAYERS_WITH_COLUMNS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+_LAYERS_WITH_COLUMNS = {"DynamicLayer", "DynamicSlidingWindowLayer", "SpareLayer"}
 
 
 def check_cache(cache: Any) -> None:
@@ -132,6 +132,16 @@ class StaticLayers:
             source.keys = source.values = None
 
 
+def spare_columns(cache: Any) -> None:
+    """Let a filled DynamicCache keep spare columns from its next update on; other kinds of layers stay as they are."""
+    from transformers.cache_utils import DynamicLayer
+
+    from safecode_mllm.decoding.spare import SpareLayer
+
+    if any(type(layer) is DynamicLayer for layer in cache.layers):
+        cache.layers = [SpareLayer.of(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+
+
 def cached_length(cache: Any) -> int:
     """Return the number of positions in the cache."""
     return int(cache.get_seq_length())
@@ -214,20 +224,22 @@ def fork(cache: Any, rows: Sequence[int]) -> Any:
 
     Args:
         cache: a DynamicCache.
-        rows: which of its rows, in order; one row however often is a view.
+        rows: which of its rows, in order; one row however often, and rows that follow each other, are views.
     """
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
-    if len(set(rows)) == 1:
-        row = rows[0]
-        for layer in _filled_layers(forked):
-            layer.keys = layer.keys[row : row + 1].expand(len(rows), -1, -1, -1)
-            layer.values = layer.values[row : row + 1].expand(len(rows), -1, -1, -1)
-    else:
-        for layer in _filled_layers(forked):
-            index = torch.tensor(rows, device=layer.keys.device)
-            layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
+    for layer in _filled_layers(forked):
+        layer.keys, layer.values = _rows(layer.keys, rows), _rows(layer.values, rows)
     return forked
+
+
+def _rows(states: Tensor, rows: Sequence[int]) -> Tensor:
+    first = rows[0]
+    if len(set(rows)) == 1:
+        return states[first : first + 1].expand(len(rows), -1, -1, -1)
+    if list(rows) == list(range(first, first + len(rows))):
+        return states[first : first + len(rows)]
+    return states.index_select(0, torch.tensor(rows, device=states.device))
 
 
 def _filled_layers(cache: Any) -> list[Any]:

@@ -33,14 +33,38 @@ def packing_obstacle(prompt: Prompt) -> str | None:
         return f"{prompt.shared} columns stand before the image, and packing pays from {PACKED_MIN_PREFIX} on"
     if family.pixels is None:
         return f"for {family.title} it has not been shown that packing changes nothing"
-    if kv.has_sliding_window(decoder):
-        return "the model has layers with a sliding window, which would count packed columns"
-    if _attention(decoder) not in _TAKES_ANY_MASK:
-        return f"attention implementation {_attention(decoder)!r} takes no mask of its own"
+    if obstacle := mask_obstacle(decoder):
+        return obstacle
     images = len(prompt.clean["image_grid_thw" if family.pixels == "patch" else "pixel_values"])
     if images != len(prompt.ids):
         return f"there are {images} images in {len(prompt.ids)} rows: only rows of one image are packed"
     return None
+
+
+def mask_obstacle(decoder: Any) -> str | None:
+    """Return why a language model takes no mask of any shape, in a sentence; None if it does."""
+    if kv.has_sliding_window(decoder):
+        return "the model has layers with a sliding window, which would count packed columns"
+    if _attention(decoder) not in _TAKES_ANY_MASK:
+        return f"attention implementation {_attention(decoder)!r} takes no mask of its own"
+    return None
+
+
+def own_mask(decoder: Any, allowed: Tensor) -> Tensor:
+    """Return a mask as the decoder's attention takes it.
+
+    Args:
+        decoder: a language model without a mask_obstacle.
+        allowed: bool [R, Q, K], which column sees which; none sees nothing.
+
+    Returns:
+        [R, 1, Q, K]: bool, or in the model's dtype for attention that adds its mask.
+    """
+    allowed = allowed[:, None]
+    if _attention(decoder) == "sdpa":
+        return allowed
+    dtype = decoder.dtype
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def packed_prefill(prompt: Prompt, cache: Any) -> tuple[Tensor, ImageStates | None]:
@@ -53,7 +77,7 @@ def packed_prefill(prompt: Prompt, cache: Any) -> tuple[Tensor, ImageStates | No
     inputs: dict[str, Any] = {key: _twice(prompt.clean[key], 1, shared) for key in prompt.text_keys} | _images(prompt)
     if "image_attention_mask" in inputs:
         inputs["image_attention_mask"] = _own_images(prompt.clean["image_attention_mask"], shared)
-    inputs["attention_mask"] = _mask(decoder_of(prompt.model), prompt.mask, shared)
+    inputs["attention_mask"] = own_mask(decoder_of(prompt.model), _sees(prompt.mask, shared))
     inputs |= {"position_ids": _twice(prompt.positions, -1, shared), "past_key_values": cache}
     logits, images = prefill(prompt.model, inputs, ends=(length - 1, 2 * length - shared - 1))
     kv.unpack_pairs(cache, shared, length)
@@ -87,20 +111,15 @@ def _images(prompt: Prompt) -> dict[str, Tensor]:
     return {"pixel_values": in_pairs, "image_grid_thw": grids.repeat_interleave(2, 0)}
 
 
-def _mask(decoder: Any, mask: Tensor, shared: int) -> Tensor:
-    """Return which column sees which, [R, 1, Q, Q]: bool, or additive for attention that adds its mask."""
+def _sees(mask: Tensor, shared: int) -> Tensor:
+    """Return which column sees which, bool [R, Q, Q]."""
     length = mask.shape[1]
     columns = _twice(mask, 1, shared).bool()
     index = torch.arange(columns.shape[1], device=mask.device)
     sees = index[None, :] <= index[:, None]
     sees[length:, shared:length] = False
     # A padding column sees itself: a row of a softmax must not be empty.
-    allowed = (sees & columns[:, None, :]) | torch.eye(len(index), dtype=torch.bool, device=mask.device)
-    allowed = allowed[:, None]
-    if _attention(decoder) == "sdpa":
-        return allowed
-    dtype = decoder.dtype
-    return torch.zeros(allowed.shape, dtype=dtype, device=mask.device).masked_fill(~allowed, torch.finfo(dtype).min)
+    return (sees & columns[:, None, :]) | torch.eye(len(index), dtype=torch.bool, device=mask.device)
 
 
 def _attention(decoder: Any) -> str:

@@ -15,6 +15,7 @@ from safecode_mllm.conversations import Dialogue, Message
 from safecode_mllm.decoding import kv
 from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.encoder_branches import make_branches
+from safecode_mllm.decoding.question_layout import tree_obstacle
 from safecode_mllm.errors import SafeCoDeError
 from safecode_mllm.judges.calibration import (
     DEFAULT_THRESHOLD,
@@ -102,7 +103,9 @@ class SelfJudge:
         if self._builder is None:
             return "no model is attached yet"
         if self._builder.judge_suffix(HARMLESS_TEXT, questions()[0]).shares_image:
-            return "reads two letters behind the prompt's own KV cache: no second image, no second prefill"
+            obstacle = tree_obstacle(self._model)
+            rows = "both label orders in one row" if obstacle is None else f"a row per label order: {obstacle}"
+            return f"reads two letters behind the prompt's own KV cache: no second image, no second prefill; {rows}"
         return "the chat template puts the image behind the text, so each question needs a prefill of its own"
 
     def judge_many(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
