@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .bitmask import words_per_row
 from .contract import LOGIT_DTYPES, PACKED_FIELDS, DrawKey, Kernels, RefusalMask, Rows, StepResult, StepScores
 from .errors import ArgumentError, ArgumentTypeError
 from .ops import check_like, check_logits, check_refusal_mask, empty_result
@@ -140,10 +141,13 @@ def _check(
             "pack_params"
         )
     if refusal_mask is not None:
-        check_refusal_mask(refusal_mask, vocab_size, device)
+        mask_shape = refusal_mask.shape
+        usual = refusal_mask.dtype is torch.int32 and len(mask_shape) == 2 and refusal_mask.device == device
+        if not usual or mask_shape[1] != words_per_row(vocab_size) or mask_shape[0] == 0:
+            check_refusal_mask(refusal_mask, vocab_size, device)
         if mask_id is not None:
             _check_column("mask_id", mask_id, batch, device)
-        elif len(refusal_mask) != 1:
+        elif mask_shape[0] != 1:
             raise ArgumentError(f"mask_id is None but refusal_mask has {len(refusal_mask)} rows; legal: int64 [B]")
     elif mask_id is not None:
         raise ArgumentError("mask_id is given but refusal_mask is None: give both or neither")
@@ -151,10 +155,11 @@ def _check(
 
 
 def _check_column(name: str, column: Tensor, batch: int, device: torch.device) -> None:
+    if column.dtype is torch.int64 and column.shape == (batch,) and column.device == device:
+        return
     if column.dtype != torch.int64:
         raise ArgumentTypeError(f"{name} is {column.dtype}; legal: torch.int64")
-    if column.shape != (batch,) or column.device != device:
-        raise ArgumentError(f"{name} has shape {list(column.shape)} on {column.device}; legal: [{batch}] on {device}")
+    raise ArgumentError(f"{name} has shape {list(column.shape)} on {column.device}; legal: [{batch}] on {device}")
 
 
 def _key(seeds: Tensor, stream: Tensor | None, step: Tensor | None, batch: int, device: torch.device) -> DrawKey:

@@ -26,7 +26,7 @@ uint64_t step_of(StepIndex step, int64_t row) {
 
 // Appends the numbers of the bits that are set: few, so that most looks at several words find none.
 void list_tokens(const int32_t* words, int64_t width, std::vector<int32_t>& tokens) {
-  constexpr int64_t kLook = 16;
+  constexpr int64_t kLook = 4;
   for (int64_t i = 0; i < width; i += kLook) {
     const int64_t end = std::min(width, i + kLook);
     int32_t any = 0;
