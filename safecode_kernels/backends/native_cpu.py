@@ -28,7 +28,7 @@ def step(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | N
     packed = rows.packed.contiguous()
     words, mask_id = (None, None) if mask is None else (mask.words.contiguous(), mask.mask_id.contiguous())
     seeds, stream, index = (None, None, 0) if key is None else _contiguous(key)
-    result, *addresses = _results(batch).next()
+    result, token, logprob, n_kept, status = _results(batch).next()
     served = _native.decode_once(
         DTYPE_CODES[clean.dtype],
         batch,
@@ -44,7 +44,10 @@ def step(clean: Tensor, noised: Tensor | None, rows: Rows, mask: RefusalMask | N
         0 if noised is None else noised.stride(0),
         NULL if mask_id is None else mask_id.data_ptr(),
         *_step_index(index),
-        *addresses,
+        token,
+        logprob,
+        n_kept,
+        status,
         _threads(batch, vocab_size, clean.dtype),
     )
     if not served:
@@ -88,7 +91,7 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
     """Draw from processed scores; key None takes the best."""
     scores = _readable(scores)
     batch, vocab_size = scores.shape
-    result, *addresses = _results(batch).next()
+    result, token, logprob, n_kept, status = _results(batch).next()
     seeds, stream, step = (None, None, 0) if key is None else _contiguous(key)
     _native.draw(
         DTYPE_CODES[scores.dtype],
@@ -99,7 +102,10 @@ def draw(scores: Tensor, key: DrawKey | None) -> StepResult:
         NULL if seeds is None else seeds.data_ptr(),
         NULL if stream is None else stream.data_ptr(),
         *_step_index(step),
-        *addresses,
+        token,
+        logprob,
+        n_kept,
+        status,
         _threads(batch, vocab_size, scores.dtype),
     )
     return result
@@ -154,16 +160,22 @@ class NativeStep:
             if not self._is_column(step):
                 return None
             step_of_row = step.data_ptr()
-        clean_stride, column_stride = clean.stride()
-        if column_stride != 1 and self._shape[1] != 1:
-            return None
-        noised_address, noised_stride = NULL, 0
+        # The usual logits are contiguous, and to ask that is faster than to ask for strides.
+        clean_stride = noised_stride = self._shape[1]
+        if not clean.is_contiguous():
+            clean_stride, column_stride = clean.stride()
+            if column_stride != 1 and self._shape[1] != 1:
+                return None
+        noised_address = NULL
         if noised is not None:
             if type(noised) is not Tensor or not noised.is_cpu or noised.dtype is not self._dtype:
                 return None
-            noised_stride, column_stride = noised.stride()
-            if noised.shape != self._shape or (column_stride != 1 and self._shape[1] != 1):
+            if noised.shape != self._shape:
                 return None
+            if not noised.is_contiguous():
+                noised_stride, column_stride = noised.stride()
+                if column_stride != 1 and self._shape[1] != 1:
+                    return None
             noised_address = noised.data_ptr()
         mask_address = NULL
         if mask_id is not None:
