@@ -46,8 +46,10 @@ class ReadyResults:
         try:
             return self._ready.pop()
         except IndexError:
-            self._ready = self._allocate(max(1, min(STEPS_PER_ALLOCATION, ROWS_PER_ALLOCATION // max(1, self._batch))))
-            return self._ready.pop()
+            ready = self._allocate(max(1, min(STEPS_PER_ALLOCATION, ROWS_PER_ALLOCATION // max(1, self._batch))))
+            result = ready.pop()
+            self._ready = ready  # last: other threads take from it
+            return result
 
     def _allocate(self, steps: int) -> list[AddressedResult]:
         # On a CPU each has memory of its own, as an operator of torch has to return it; elsewhere that takes kernels.

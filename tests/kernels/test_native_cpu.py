@@ -98,6 +98,22 @@ def test_results_of_earlier_steps_are_never_overwritten():
         assert result.token.equal(step(case.clean, case.noised, mask_id=case.mask_id, step=i).token)
 
 
+def test_results_of_the_operators_have_memory_of_their_own():
+    from concurrent.futures import ThreadPoolExecutor
+
+    case = make_case(4, batch=3, vocab_size=40, params=StepParams())
+    packed = sk.pack_params(case.params, 3)
+
+    def several() -> list[torch.Tensor]:
+        decode = torch.ops.safecode_kernels.decode_step
+        return [t for _ in range(50) for t in decode(case.clean, case.noised, packed, backend="native_cpu")]
+
+    with ThreadPoolExecutor(4) as pool:
+        tensors = [t for made in [pool.submit(several) for _ in range(8)] for t in made.result()]
+    assert len({t.data_ptr() for t in tensors}) == len(tensors) == 8 * 50 * 4
+    assert {(t.storage_offset(), t.untyped_storage().nbytes() // t.element_size()) for t in tensors} == {(0, 3)}
+
+
 def test_reused_results_hold_the_newest_step():
     case = make_case(7, batch=3, vocab_size=500)
     fresh, reusing = prepared(case), prepared(case, reuse_results=True)
