@@ -13,6 +13,7 @@ from safecode_mllm.decoding import step_pool
 from safecode_mllm.decoding.graphs import GraphRunner
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.loop import SteeredGeneration
+from safecode_mllm.decoding.static import LENGTH_STEPS
 from safecode_mllm.decoding.step_pool import StepPool
 from safecode_mllm.judges.protocol import Verdict
 from tiny_models import FAMILY_NAMES, TinyModel, noised_copy, tiny_model
@@ -38,6 +39,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[GraphRunner]:
         return runners[-1]
 
     monkeypatch.setattr(step_pool, "make_runner", make)
+    monkeypatch.setitem(LENGTH_STEPS, "cpu", LENGTH_STEPS["cuda"])
     return runners
 
 

@@ -14,7 +14,7 @@ from safecode_mllm.decoding import kv
 from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.guidance import Guidance
 from safecode_mllm.decoding.loop import SteeredGeneration
-from safecode_mllm.decoding.static import LENGTH_STEP, StaticBranches, static_length
+from safecode_mllm.decoding.static import LENGTH_STEPS, StaticBranches, static_length
 from safecode_mllm.errors import JudgeError, UnsupportedModelError
 from safecode_mllm.judges.protocol import Verdict
 from tiny_models import FAMILY_NAMES, TinyModel, noised_copy, tiny_model
@@ -211,7 +211,8 @@ def test_other_caches_are_refused() -> None:
 
 
 def test_lengths_are_rounded_up_so_that_steps_have_few_shapes() -> None:
-    assert [static_length(n) for n in (1, LENGTH_STEP, LENGTH_STEP + 1)] == [LENGTH_STEP, LENGTH_STEP, 2 * LENGTH_STEP]
+    for kind, step in LENGTH_STEPS.items():
+        assert [static_length(n, torch.device(kind)) for n in (1, step, step + 1)] == [step, step, 2 * step]
 
 
 def test_a_model_with_a_sliding_window_keeps_the_growing_cache() -> None:

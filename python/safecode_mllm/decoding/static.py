@@ -11,13 +11,15 @@ from safecode_mllm.decoding import kv
 from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.families import ImageStates, forward
 
-# Caches are this much longer at a time, so that answers of similar length have steps of the same shape.
-LENGTH_STEP = 128
+# Caches are this much longer at a time, so that answers of similar length have steps of the same shape. On a GPU a
+# shape is captured once, and a column that is not used costs little; on a CPU all are attended to, used or not.
+LENGTH_STEPS = {"cuda": 128, "cpu": 16}
 
 
-def static_length(columns: int) -> int:
+def static_length(columns: int, device: torch.device) -> int:
     """Return the length of the cache for so many columns."""
-    return -(-columns // LENGTH_STEP) * LENGTH_STEP
+    step = LENGTH_STEPS.get(device.type, LENGTH_STEPS["cuda"])
+    return -(-columns // step) * step
 
 
 class StaticBranches:
@@ -35,9 +37,9 @@ class StaticBranches:
     """
 
     def __init__(self, branches: Branches, columns: int) -> None:
-        self.decoder, self.rows, self.length = branches.decoder, branches.rows, static_length(columns)
-        self.row_dim, self._all_copies = branches.row_dim, branches.copies
         device = branches.mask.device
+        self.decoder, self.rows, self.length = branches.decoder, branches.rows, static_length(columns, device)
+        self.row_dim, self._all_copies = branches.row_dim, branches.copies
         self._layers = kv.StaticLayers(branches.cache, self.decoder, self.length)
         self._whole_mask = branches.mask.new_ones(len(branches.mask), self.length)
         self._whole_positions = torch.cat([branches.next_positions] * branches.copies, self.row_dim)

@@ -109,4 +109,10 @@ class StepPool:
 
 def _shape_key(branches: Branches, columns: int) -> tuple[Hashable, ...]:
     images = None if branches.images is None else branches.images.shape
-    return (branches.rows, branches.copies, branches.next_positions.shape, static_length(columns), images)
+    return (
+        branches.rows,
+        branches.copies,
+        branches.next_positions.shape,
+        static_length(columns, branches.mask.device),
+        images,
+    )
