@@ -113,6 +113,10 @@ def _score(
         status = _first(status, Status.INFINITE, gathered & (n == math.inf))
         scaled = rows.one_plus_weight * z
         s = torch.where(scaled > NEG_INF, scaled - rows.weight * n, NEG_INF)
+        # Before the bias: whether a token gets it must not depend on how its score left the numbers.
+        overflow = ~(s < math.inf)
+        status = _first(status, Status.INFINITE, gathered & overflow)
+        s = s.masked_fill(overflow, NEG_INF)
     biased_clean = z
     if refusal is not None and bias is not None:
         if rows.max_scope:

@@ -43,7 +43,7 @@ def _case(choose: random.Random, generator: torch.Generator) -> Case:
     closeness = choose.choice((0.0, 0.3, 1.0, 10.0))
     noised = clean + closeness * torch.randn(batch, vocab_size, generator=generator)
     for logits in (clean, noised):
-        _spoil(choose, logits)
+        _spoil(choose, generator, logits)
     n_masks = choose.choice((1, 1, 3))
     masks = sk.pack_masks([_mask(choose, vocab_size) for _ in range(n_masks)], vocab_size)
     return Case(
@@ -64,10 +64,10 @@ def _logits(choose: random.Random, generator: torch.Generator, batch: int, vocab
     return logits.round() if choose.random() < 0.2 else logits
 
 
-def _spoil(choose: random.Random, logits: torch.Tensor) -> None:
+def _spoil(choose: random.Random, generator: torch.Generator, logits: torch.Tensor) -> None:
     """Write special values into some rows, at random places and at the best token."""
     if choose.random() < 0.2:
-        logits[torch.rand(logits.shape) < choose.choice((0.05, 0.9))] = -math.inf
+        logits[torch.rand(logits.shape, generator=generator) < choose.choice((0.05, 0.9))] = -math.inf
     for row in range(len(logits)):
         if choose.random() < 0.15:
             place = choose.choice((choose.randrange(logits.shape[1]), int(logits[row].nan_to_num().argmax())))

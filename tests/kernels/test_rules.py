@@ -327,3 +327,13 @@ def test_every_call_returns_empty_for_an_empty_batch():
     assert scores.keep.dtype == torch.bool
     assert sk.draw(empty, seeds=[]).token.shape == (0,)
     assert sk.plausible(empty, empty.bool(), 0.1).shape == (0, 50)
+
+
+def test_the_biased_logit_of_an_excluded_token_does_not_depend_on_the_batch():
+    # The second token's score is inf - inf; the other row has a scope.
+    clean, noised = torch.tensor([[0.9, 1.875]] * 2), torch.tensor([[0.9, 2.0]] * 2)
+    params = StepParams(contrast_weight=(3e38, 1.0), plausibility_beta=0.1, refusal_bias=-6.0, bias_scope=(0, 1))
+    scores = sk.decode_scores(clean, noised, params, refusal_mask=sk.pack_mask([1], 2))
+    assert scores.status.tolist()[0] == Status.OK
+    assert scores.scores[0, 1] == -INF
+    assert scores.biased_clean[0].tolist() == [pytest.approx(0.9), -4.125]
