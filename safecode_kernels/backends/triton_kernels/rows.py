@@ -128,7 +128,7 @@ def contrasted(z, noised, inside, gathered, contrast):
     """Return (1 + a) z - a n, both products rounded, and what is wrong with the tokens that are gathered.
 
     `noised` are the addresses of n. Where n cannot be used it counts as z: it is -inf, or it is not finite and the
-    token is no candidate. A score that overflows downwards excludes its token.
+    token is no candidate. A score that overflows excludes its token.
     """
     s = z
     fault = tl.full(z.shape, NO_FAULT, tl.int32)
@@ -140,6 +140,8 @@ def contrasted(z, noised, inside, gathered, contrast):
         s = tl.where(scaled > NEG_INF, scaled - contrast.weight * tl.where(unusable, z, n), NEG_INF)
         fault = tl.where(gathered & (is_infinite | ~(s < INF)), FAULT_INFINITE, fault)
         fault = tl.where(gathered & is_nan, FAULT_NAN, fault)
+        # Before the bias: whether a token gets it must not depend on how its score left the numbers.
+        s = tl.where(s < INF, s, NEG_INF)
     return s, fault
 
 
