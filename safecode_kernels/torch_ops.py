@@ -142,6 +142,7 @@ def _check(
         )
     if refusal_mask is not None:
         mask_shape = refusal_mask.shape
+        # check_refusal_mask's conditions, without its call where they hold: a step of one row takes microseconds.
         usual = refusal_mask.dtype is torch.int32 and len(mask_shape) == 2 and refusal_mask.device == device
         if not usual or mask_shape[1] != words_per_row(vocab_size) or mask_shape[0] == 0:
             check_refusal_mask(refusal_mask, vocab_size, device)
@@ -155,11 +156,10 @@ def _check(
 
 
 def _check_column(name: str, column: Tensor, batch: int, device: torch.device) -> None:
-    if column.dtype is torch.int64 and column.shape == (batch,) and column.device == device:
-        return
     if column.dtype != torch.int64:
         raise ArgumentTypeError(f"{name} is {column.dtype}; legal: torch.int64")
-    raise ArgumentError(f"{name} has shape {list(column.shape)} on {column.device}; legal: [{batch}] on {device}")
+    if column.shape != (batch,) or column.device != device:
+        raise ArgumentError(f"{name} has shape {list(column.shape)} on {column.device}; legal: [{batch}] on {device}")
 
 
 def _key(seeds: Tensor, stream: Tensor | None, step: Tensor | None, batch: int, device: torch.device) -> DrawKey:

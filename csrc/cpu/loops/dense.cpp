@@ -54,7 +54,7 @@ inline float extreme(const float* x, int64_t n, float none, Pick&& pick) {
   return lanes[0];
 }
 
-// The largest of kGroup values: halves are folded onto each other.
+// The largest of kGroup values, by folding halves onto each other: for so few, `maximum` takes 1.5 times as long or more.
 inline float group_maximum(const float* x) {
   constexpr int64_t kHalf = kGroup / 2;
   float top[kHalf];

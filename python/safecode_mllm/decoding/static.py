@@ -12,7 +12,7 @@ from safecode_mllm.decoding.branches import Branches
 from safecode_mllm.decoding.families import ImageStates, forward
 
 # Caches are this much longer at a time, so that answers of similar length have steps of the same shape. On a GPU a
-# shape is captured once, and a column that is not used costs little; on a CPU all are attended to, used or not.
+# shape is captured once, so that there should be few. On a CPU nothing is captured, and unused columns cost attention.
 LENGTH_STEPS = {"cuda": 128, "cpu": 16}
 
 
